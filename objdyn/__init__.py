@@ -1,0 +1,1 @@
+"""objdyn: learn, without labels, which objects are in a video and how they move."""

@@ -1,0 +1,108 @@
+"""The registry of model families, and the compositions of the four verbs. Read ``interface.py`` first.
+
+Adding a family: its file under ``models/``, one line in ``FAMILIES``, one ``debug`` preset. The contract test then
+covers it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from objdyn.interface import Scene, VideoModel
+from objdyn.models import ddlp
+
+
+class Family(NamedTuple):
+    """What a caller may know of a family without knowing the family."""
+
+    config: type
+    """Frozen dataclass of scalars and tuples."""
+    model: Callable[[Any], VideoModel[Any]]
+    """Builds the model from its config; an ``nn.Module``."""
+    inputs: tuple[str, ...]
+    """Per-clip tensors that ``forward`` and ``encode`` need beside the video."""
+    verbs: tuple[str, ...]
+    """The verbs that make sense; calling another one raises."""
+    causal: bool
+    """Whether a frame's latents are independent of later frames."""
+    tracked: bool
+    """Whether object k of a clip is the same object in all of its frames."""
+    object_columns: tuple[str, ...]
+    """Fields of the latents, (b, t, k, ...), that describe objects."""
+    frame_columns: tuple[str, ...]
+    """Fields of the latents, (b, t, ...), that describe whole frames."""
+
+
+FAMILIES: dict[str, Family] = {
+    "ddlp": Family(
+        config=ddlp.DDLPConfig,
+        model=ddlp.DDLP,
+        inputs=(),
+        verbs=("forward", "encode", "rollout", "decode"),
+        causal=True,
+        tracked=True,
+        object_columns=("position", "scale", "depth", "transparency", "features"),
+        frame_columns=("background",),
+    ),
+}
+
+
+def family_of(config: Any) -> str:
+    """The name of the family that a config belongs to.
+
+    Raises:
+        ValueError: no family has such a config.
+    """
+    for name, family in FAMILIES.items():
+        if type(config) is family.config:
+            return name
+    raise ValueError(f"{type(config).__name__} is the config of no family; known: {', '.join(FAMILIES)}")
+
+
+def build(config: Any) -> Any:
+    """The model of a config, with freshly initialised weights (drawn from torch's global state)."""
+    return FAMILIES[family_of(config)].model(config)
+
+
+def set_step(model: torch.nn.Module, step: int) -> None:
+    """Tell a model with schedules how many optimiser steps are completed; others ignore it."""
+    buffer = getattr(model, "step", None)
+    if isinstance(buffer, Tensor):
+        buffer.fill_(step)
+
+
+def reconstruct(model: VideoModel[Any], video: Float[Tensor, "b t c h w"], **inputs: Tensor) -> Scene:
+    """Encode and decode every frame."""
+    return model.decode(model.encode(video, **inputs))
+
+
+def predict(
+    model: VideoModel[Any],
+    context: Float[Tensor, "b t c h w"],
+    horizon: int,
+    *,
+    generator: torch.Generator | None = None,
+    **inputs: Tensor,
+) -> Scene:
+    """Render the ``horizon`` frames that follow ``context``."""
+    latents = model.encode(context, generator=generator, **inputs)
+    return model.decode(model.rollout(latents, horizon, generator=generator))
+
+
+def config_from_fields(family: str, fields: dict[str, Any]) -> Any:
+    """Rebuild a config from JSON: lists become tuples again.
+
+    Raises:
+        ValueError: unknown family or field.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
+    config = FAMILIES[family].config
+    known = {field.name for field in dataclasses.fields(config)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"{config.__name__} has no field {', '.join(unknown)}; it was written by another version")
+    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})

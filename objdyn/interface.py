@@ -1,0 +1,62 @@
+"""The one interface of every model family: four verbs on a plain ``nn.Module``.
+
+    video --forward--> Loss                     what training minimises (through DDP, so always ``model(video)``)
+    video --encode--> Latents                   a NamedTuple, every field (b, t, ...)
+    Latents --rollout(horizon)--> Latents       the predicted future, exactly ``horizon`` frames
+    Latents --decode--> Scene                   pixels, and on request masks and components
+
+Whatever else a caller wants (reconstruct, predict, segment) is a composition, written once in ``families.py``.
+"""
+
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Loss(NamedTuple):
+    """A training loss and its parts."""
+
+    total: Float[Tensor, ""]
+    """What ``backward()`` is called on; minimised."""
+    terms: dict[str, Tensor]
+    """Detached scalars to log, by name: ``recon``, ``kl``, ..."""
+
+
+class Scene(NamedTuple):
+    """What a decoder renders.
+
+    ``masks`` and ``components`` are ``None`` unless ``decode(..., components=True)``. Where a family has an explicit
+    background it is entry 0 of k, so that k is then one more than the number of objects.
+    """
+
+    video: Float[Tensor, "b t c h w"]
+    """The composed frames, in [0, 1]."""
+    masks: Float[Tensor, "b t k 1 h w"] | None = None
+    """Soft responsibility of component k for a pixel; non-negative, sums to one over k."""
+    components: Float[Tensor, "b t k c h w"] | None = None
+    """Each component rendered alone, in [0, 1]."""
+
+
+Latents = TypeVar("Latents", bound=tuple[Any, ...])
+
+
+class VideoModel(Protocol[Latents]):
+    """The four verbs. ``video`` is float32 (b, t, c, h, w) in [0, 1].
+
+    ``generator=None`` asks for the reproducible answer (means); with a generator the latents are sampled from it.
+    ``inputs`` are the per-clip tensors that the family names in ``Family.inputs`` (none for most families).
+    """
+
+    def __call__(self, video: Float[Tensor, "b t c h w"], **inputs: Tensor) -> Loss: ...
+
+    def forward(self, video: Float[Tensor, "b t c h w"], **inputs: Tensor) -> Loss: ...
+
+    def encode(
+        self, video: Float[Tensor, "b t c h w"], *, generator: torch.Generator | None = None, **inputs: Tensor
+    ) -> Latents: ...
+
+    def rollout(self, latents: Latents, horizon: int, *, generator: torch.Generator | None = None) -> Latents: ...
+
+    def decode(self, latents: Latents, components: bool = False) -> Scene: ...

@@ -1,0 +1,96 @@
+"""Positions and pixels: where a coordinate is, cutting and pasting glimpses, spatial softmax.
+
+A position is (y, x) in [-1, 1], y down, ``align_corners=True``: pixel p of n has coordinate 2 p / (n - 1) - 1. All
+resampling here is bilinear and separable (scale and shift only), so a glimpse is two small matrix products, and the
+same hat function serves cutting and pasting. Equal to ``affine_grid`` + ``grid_sample`` with zero padding (tested).
+Cutting and pasting stay in the precision of their inputs under autocast: bf16 weights would blur positions.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def pixel_axis(size: int, like: Tensor) -> Float[Tensor, " n"]:
+    """Coordinates of the pixels of an axis: ``size`` values from -1 to 1."""
+    return torch.linspace(-1, 1, size, device=like.device, dtype=like.dtype)
+
+
+def hat_weights(coordinates: Float[Tensor, "... n"], size: int) -> Float[Tensor, "... n m"]:
+    """Weights with which a bilinear sample at ``coordinates`` reads the ``m = size`` pixels of an axis.
+
+    Zero for pixels further than one away, hence zero padding outside.
+    """
+    pixels = (coordinates + 1) * (0.5 * (size - 1))
+    index = torch.arange(size, device=pixels.device, dtype=pixels.dtype)
+    return (1 - (pixels.unsqueeze(-1) - index).abs()).clamp_min(0)
+
+
+def cut_glimpses(
+    images: Float[Tensor, "n c h w"],
+    position: Float[Tensor, "n k 2"],
+    scale: Float[Tensor, "n k 2"],
+    size: int,
+) -> Float[Tensor, "n k c s s"]:
+    """Cut square glimpses of ``size`` pixels around each position.
+
+    ``scale`` is the side of the glimpse over the side of the image, per axis (y, x). Differentiable in all inputs.
+    """
+    n, c, h, w = images.shape
+    k = position.shape[1]
+    axis = pixel_axis(size, images)
+    centre, side = position.unsqueeze(-1), scale.unsqueeze(-1)
+    with torch.autocast(images.device.type, enabled=False):
+        rows = hat_weights(centre[:, :, 0] + side[:, :, 0] * axis, h)  # (n, k, s, h)
+        columns = hat_weights(centre[:, :, 1] + side[:, :, 1] * axis, w)  # (n, k, s, w)
+        # all row products of an image in one matrix product: (k s, h) @ (h, c w)
+        cut_rows = rows.reshape(n, k * size, h) @ images.transpose(1, 2).reshape(n, h, c * w)
+        cut_rows = cut_rows.view(n, k, size * c, w)
+        return (cut_rows @ columns.transpose(-1, -2)).view(n, k, size, c, size).transpose(2, 3)
+
+
+def paste_glimpses(
+    glimpses: Float[Tensor, "n k c s s"],
+    position: Float[Tensor, "n k 2"],
+    scale: Float[Tensor, "n k 2"],
+    height: int,
+    width: int,
+) -> Float[Tensor, "n k c h w"]:
+    """Paste each glimpse on an empty canvas of its own: the inverse of ``cut_glimpses``.
+
+    Pixels that the glimpse does not reach are zero. Differentiable in all inputs.
+    """
+    size = glimpses.shape[-1]
+    inverse = 1 / (scale + 1e-9)
+    centre, inverse = position.unsqueeze(-1), inverse.unsqueeze(-1)
+    with torch.autocast(glimpses.device.type, enabled=False):
+        rows = hat_weights((pixel_axis(height, glimpses) - centre[:, :, 0]) * inverse[:, :, 0], size)  # (n, k, h, s)
+        columns = hat_weights((pixel_axis(width, glimpses) - centre[:, :, 1]) * inverse[:, :, 1], size)  # (n, k, w, s)
+        return rows.unsqueeze(2) @ glimpses @ columns.unsqueeze(2).transpose(-1, -2)
+
+
+def inside_squares(
+    position: Float[Tensor, "n k 2"], side: int, height: int, width: int
+) -> tuple[Bool[Tensor, "n k h"], Bool[Tensor, "n k w"]]:
+    """Which rows and columns lie within a square of ``side`` pixels centred at each position."""
+    pixels = (position + 1) * (0.5 * torch.tensor([height - 1, width - 1], device=position.device))
+    rows = torch.arange(height, device=position.device) - pixels[..., 0, None]
+    columns = torch.arange(width, device=position.device) - pixels[..., 1, None]
+    return rows.abs() <= side / 2, columns.abs() <= side / 2
+
+
+def spatial_softmax(
+    maps: Float[Tensor, "n h w"],
+) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n 2"], Float[Tensor, " n"]]:
+    """Mean (y, x), variances (y, x) and covariance of the distribution that a softmax over each map describes.
+
+    Variances are at least 1e-6. Source: DDLP, appendix D.2.
+    """
+    h, w = maps.shape[-2:]
+    probability = maps.flatten(1).softmax(-1).view_as(maps)
+    y, x = pixel_axis(h, maps), pixel_axis(w, maps)
+    rows, columns = probability.sum(2), probability.sum(1)
+    mean = torch.stack([rows @ y, columns @ x], dim=-1)
+    square = torch.stack([rows @ y.square(), columns @ x.square()], dim=-1)
+    covariance = torch.einsum("nhw,h,w->n", probability, y, x) - mean[:, 0] * mean[:, 1]
+    return mean, (square - mean.square()).clamp_min(1e-6), covariance

@@ -1,0 +1,341 @@
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Beta, Normal, kl_divergence
+
+from objdyn.layers.spatial import cut_glimpses
+from objdyn.models.ddlp import DDLP, PINT, DDLPConfig, DDLPLatents, PINTBlock, Stage, match_template
+from pipeline.presets import PRESETS
+
+DEBUG: DDLPConfig = PRESETS["ddlp"]["debug"].model
+
+
+def build(seed: int = 0, **changes: Any) -> DDLP:
+    torch.manual_seed(seed)
+    return DDLP(dataclasses.replace(DEBUG, **changes))
+
+
+def clip(t: int = 6, b: int = 2, size: int = 64, seed: int = 0) -> Tensor:
+    return torch.rand(b, t, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# total, prior, attribute encoder, appearance encoder, glimpse decoder, background, PINT
+PUBLISHED = {
+    "balls-released": (9_652_801, 72_369, 340_524, 338_838, 630_340, 3_191_913, 5_078_817),
+    "obj3d": (9_678_144, 72_369, 340_524, 342_436, 632_132, 3_197_303, 5_093_380),
+    "obj3d128": (11_716_654, 72_369, 733_740, 734_624, 668_612, 4_417_651, 5_089_658),
+    "clevrer": (11_717_614, 72_369, 733_740, 734_624, 668_612, 4_417_651, 5_090_618),
+    "phyre-released": (26_052_426, 72_369, 340_524, 339_352, 630_596, 4_414_571, 20_255_014),
+    "traffic": (11_717_902, 72_369, 733_740, 734_624, 668_612, 4_417_651, 5_090_906),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_module_sizes_equal_the_published_ones(preset: str) -> None:
+    with torch.device("meta"):
+        model = DDLP(PRESETS["ddlp"][preset].model)
+    parts = (
+        count(model),
+        count(model.prior),
+        count(model.attribute_encoder),
+        count(model.appearance_encoder),
+        count(model.glimpse_decoder),
+        count(model.background_encoder) + count(model.background_decoder),
+        count(model.pint),
+    )
+    assert parts == PUBLISHED[preset]
+
+
+def test_the_paper_and_the_released_balls_differ_where_stated() -> None:
+    paper, released = PRESETS["ddlp"]["balls"], PRESETS["ddlp"]["balls-released"]
+    assert (paper.model.num_particles, paper.model.max_frames) == (10, 20)
+    assert (released.model.num_particles, released.model.max_frames) == (6, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_particles": 9}, "num_particles=9, num_proposals=8"),
+        ({"num_proposals": 65}, "number of patches"),
+        ({"image_size": 60}, "powers of two"),
+        ({"glimpse_ratio": 0.3}, "powers of two"),
+        ({"patch_size": 4}, "patch_size"),
+        ({"burn_in_frames": 6}, "burn_in_frames <= max_frames"),
+        ({"pint_heads": 3}, "divisible"),
+        ({"kl_weight": -0.1}, "kl_weight must not be negative"),
+        ({"transparency_prior": (0.1, 0.0)}, "transparency_prior"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(DEBUG, **changes)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 32, 32), (2, 6, 1, 64, 64), (6, 3, 64, 64)])
+def test_frames_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected video of shape"):
+        build().encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("frames", [2, 7])
+def test_training_clips_of_unfit_length_are_refused(frames: int) -> None:
+    with pytest.raises(ValueError, match="must have 3 to 6 frames"):
+        build()(clip(frames))
+
+
+# ---- tracking ----------------------------------------------------------------------------------------------------
+
+
+def naive_score_map(window: Tensor, template: Tensor) -> Tensor:
+    """The definition, displacement by displacement."""
+    s = window.shape[-1]
+    padded = F.pad(window[None], (s, s, s, s), mode="replicate")[0]
+    full = torch.zeros(2 * s + 1, 2 * s + 1)
+    for i in range(2 * s + 1):
+        for j in range(2 * s + 1):
+            patch = padded[:, i : i + s, j : j + s]
+            energy = patch.square().sum() * template.square().sum()
+            full[i, j] = (patch * template).sum() / ((energy + 1e-10).sqrt() + 1e-5)
+    score = full[s // 2 + 1 : 2 * s + 1 - s // 2, s // 2 + 1 : 2 * s + 1 - s // 2]
+    return (score - score.min()) / (score.max() - score.min() + 1e-5)
+
+
+def test_score_map_equals_its_definition() -> None:
+    window, template = torch.rand(2, 1, 3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    score = match_template(window, template)
+    assert score.shape == (1, 3, 1, 8, 8)
+    for k in range(3):
+        torch.testing.assert_close(score[0, k, 0], naive_score_map(window[0, k], template[0, k]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("dy", "dx"), [(0, 0), (2, -3), (-3, 4)])
+def test_score_map_peaks_at_the_displacement(dy: int, dx: int) -> None:
+    scene = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    centre, scale = torch.zeros(1, 1, 2), torch.full((1, 1, 2), 15 / 39)
+    template = cut_glimpses(scene, centre, scale, 16)
+    window = cut_glimpses(torch.roll(scene, (dy, dx), (2, 3)), centre, scale, 16)
+    peak = match_template(window, template)[0, 0, 0].flatten().argmax().item()
+    assert divmod(peak, 16) == (16 // 2 - 1 + dy, 16 // 2 - 1 + dx)
+
+
+def test_encoding_follows_no_gradient_through_time() -> None:
+    model = build().train()
+    video = clip().requires_grad_()
+    posterior = model._infer(video, sample=False, stage=Stage(False, False))
+    posterior.distribution.attributes.position[:, 3].sum().backward()
+    assert video.grad is not None
+    assert not video.grad[:, :3].any() and video.grad[:, 3].any()
+
+
+def test_a_particle_that_is_tracked_keeps_its_anchor_at_its_last_position() -> None:
+    posterior = build()._infer(clip(), sample=False, stage=Stage(False, False))
+    torch.testing.assert_close(posterior.anchor[:, 1:], posterior.latents.position[:, :-1])
+    moved = posterior.anchor + posterior.distribution.attributes.position
+    torch.testing.assert_close(posterior.latents.position, moved)
+
+
+# ---- PINT --------------------------------------------------------------------------------------------------------
+
+
+def test_relative_bias_depends_on_differences_only_and_is_causal() -> None:
+    torch.manual_seed(0)
+    block = PINTBlock(dim=8, heads=2, entities=3, max_frames=4, dropout=0.0)
+    bias = block.bias(4)[0]
+    for t in range(4):
+        for u in range(4):
+            for i in range(3):
+                for j in range(3):
+                    value = bias[:, t * 3 + i, u * 3 + j]
+                    if u > t:
+                        assert torch.isinf(value).all()
+                    else:
+                        expected = block.time_bias[:, 3 + u - t] + block.entity_bias[:, 2 + j - i]
+                        torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(block.bias(2)[0], bias[:, :6, :6])
+
+
+def test_attention_equals_the_formula() -> None:
+    torch.manual_seed(0)
+    block = PINTBlock(dim=8, heads=2, entities=3, max_frames=2, dropout=0.0).eval()
+    tokens = torch.randn(1, 6, 8)
+    normed = block.norm_attention(tokens)
+    heads = [net(normed).view(6, 2, 4).transpose(0, 1) for net in (block.query, block.key, block.value)]
+    weights = (heads[0] @ heads[1].transpose(1, 2) / 4**0.5 + block.bias(2)[0]).softmax(-1)
+    mixed = (weights @ heads[2]).transpose(0, 1).reshape(1, 6, 8)
+    expected = tokens + block.out(mixed)
+    expected = expected + block.mlp(block.norm_mlp(expected))
+    torch.testing.assert_close(block(tokens, 2), expected)
+
+
+def latents_of(model: DDLP, t: int = 5) -> DDLPLatents:
+    with torch.no_grad():
+        return model.encode(clip(t))
+
+
+def test_pint_predicts_from_the_past_alone() -> None:
+    model = build().eval()
+    latents = latents_of(model)
+    changed = DDLPLatents(*(torch.cat([field[:, :3], field[:, 3:] + 1], dim=1) for field in latents))
+    before, after = model.pint(latents), model.pint(changed)
+    torch.testing.assert_close(before.attributes.position[:, :3], after.attributes.position[:, :3])
+    torch.testing.assert_close(before.background.mean[:, :3], after.background.mean[:, :3])
+    assert not torch.allclose(before.attributes.depth_log_var[:, 3:], after.attributes.depth_log_var[:, 3:])
+
+
+def test_pint_predicts_changes_but_absolute_transparency() -> None:
+    pint = PINT(2, 4, 3, 3, dim=16, layers=1, heads=2, dropout=0.0).eval()
+    for head in (pint.attributes.y, pint.attributes.scale, pint.attributes.depth, pint.features, pint.background):
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    for head in (pint.attributes.x, pint.attributes.transparency):
+        nn.init.zeros_(head.weight)
+        nn.init.constant_(head.bias, 0.5)
+    torch.manual_seed(0)
+    latents = DDLPLatents(
+        torch.randn(1, 3, 2, 2), torch.randn(1, 3, 2, 2), torch.randn(1, 3, 2), torch.rand(1, 3, 2),
+        torch.randn(1, 3, 2, 3), torch.randn(1, 3, 3),
+    )  # fmt: skip
+    prediction = pint(latents)
+    torch.testing.assert_close(prediction.attributes.position[..., 0], latents.position[..., 0])
+    torch.testing.assert_close(
+        prediction.attributes.position[..., 1], latents.position[..., 1] + torch.tensor(0.5).tanh()
+    )
+    torch.testing.assert_close(prediction.attributes.scale, latents.scale)
+    torch.testing.assert_close(prediction.attributes.depth, latents.depth)
+    torch.testing.assert_close(prediction.features.mean, latents.features)
+    torch.testing.assert_close(prediction.background.mean, latents.background)
+    torch.testing.assert_close(prediction.attributes.transparency, torch.full((1, 3, 2), 0.5))
+
+
+def test_depth_log_variance_has_its_own_head() -> None:
+    model = build().eval()
+    latents = latents_of(model)
+    before = model.pint(latents).attributes
+    with torch.no_grad():
+        model.pint.attributes.depth.bias[1] += 1.0
+    after = model.pint(latents).attributes
+    torch.testing.assert_close(after.depth, before.depth)
+    torch.testing.assert_close(after.depth_log_var, before.depth_log_var + 1.0)
+
+
+def test_rollout_uses_at_most_the_last_frames_that_pint_covers() -> None:
+    model = build().eval()
+    latents = latents_of(model, 9)
+    short = latents.frames(-5, None)
+    for a, b in zip(model.rollout(latents, 7), model.rollout(short, 7), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- loss --------------------------------------------------------------------------------------------------------
+
+
+def gaussian(mean: Tensor, log_var: Tensor) -> Normal:
+    return Normal(mean, (0.5 * log_var).exp())
+
+
+def test_evaluation_loss_equals_its_definition() -> None:
+    model = build().eval()
+    video = clip()
+    loss = model(video)
+    posterior = model._infer(video, sample=False, stage=Stage(False, False))
+    q, z = posterior.distribution, posterior.latents
+    recon = (model.decode(z).video - video).square().sum((1, 2, 3, 4)).mean()
+
+    a, tau, balance = q.attributes, DEBUG.burn_in_frames, DEBUG.kl_balance
+    logit = float(torch.logit(torch.tensor(0.75 * 0.25)))
+    static = kl_divergence(gaussian(a.position, a.position_log_var), Normal(0.0, 0.2)).sum((2, 3))
+    static = static + kl_divergence(gaussian(a.scale, a.scale_log_var), Normal(logit, 0.3)).sum((2, 3))
+    static = static + kl_divergence(Beta(a.transparency_a, a.transparency_b), Beta(0.1, 0.1)).sum(2)
+    static = static + balance * kl_divergence(gaussian(a.depth, a.depth_log_var), Normal(0.0, 1.0)).sum(2)
+    static = static + balance * kl_divergence(gaussian(*q.features), Normal(0.0, 1.0)).sum((2, 3))
+    static = static + balance * kl_divergence(gaussian(*q.background), Normal(0.0, 1.0)).sum(2)
+    distance = torch.cdist(posterior.anchor[:, :tau], posterior.proposals).square() / 2
+    chamfer = distance.amin(-1).sum(-1) + distance.amin(-2).sum(-1)
+    static = (static[:, :tau] + 0.5 * balance * chamfer).sum(1).mean()
+
+    p = model.pint(z.frames(None, -1))
+    pa = p.attributes
+    dynamic = kl_divergence(
+        gaussian((posterior.anchor + a.position)[:, 1:], a.position_log_var[:, 1:]),
+        gaussian(pa.position, pa.position_log_var),
+    ).sum((2, 3))
+    dynamic = dynamic + kl_divergence(
+        gaussian(a.scale[:, 1:], a.scale_log_var[:, 1:]), gaussian(pa.scale, pa.scale_log_var)
+    ).sum((2, 3))
+    dynamic = dynamic + kl_divergence(
+        gaussian(a.depth[:, 1:], a.depth_log_var[:, 1:]), gaussian(pa.depth, pa.depth_log_var)
+    ).sum(2)
+    dynamic = dynamic + kl_divergence(
+        Beta(a.transparency_a[:, 1:], a.transparency_b[:, 1:]), Beta(pa.transparency_a, pa.transparency_b)
+    ).sum(2)
+    dynamic = dynamic + kl_divergence(
+        gaussian(q.features.mean[:, 1:], q.features.log_var[:, 1:]), gaussian(*p.features)
+    ).sum((2, 3))
+    dynamic = dynamic + kl_divergence(
+        gaussian(q.background.mean[:, 1:], q.background.log_var[:, 1:]), gaussian(*p.background)
+    ).sum(2)
+    dynamic = dynamic[:, tau - 1 :].sum(1).mean()
+
+    expected = (recon + DEBUG.kl_weight * (static + dynamic)) / 6
+    torch.testing.assert_close(loss.total, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(loss.terms["kl_static"], (static / 6).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss.terms["kl_dynamic"], (dynamic / 6).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("step", "weights"),
+    # ramp of 10 steps over T = 5 frames: the k-th frame after 2 burn-in frames is full after 2 (k + 1) steps
+    [(0, [1, 1, 0, 0, 0, 0]), (2, [1, 1, 1, 0.5, 1 / 3, 0.25]), (8, [1, 1, 1, 1, 1, 1])],
+)
+def test_later_frames_gain_weight_one_after_the_other(step: int, weights: list[float]) -> None:
+    model = build().train()
+    model.step.fill_(step)
+    torch.testing.assert_close(model._frame_weights(6, clip()), torch.tensor(weights, dtype=torch.float32))
+    assert (model.eval()._frame_weights(6, clip()) == 1).all()
+
+
+@pytest.mark.parametrize(("step", "stage"), [(0, (True, True)), (3, (False, True)), (5, (False, False))])
+def test_stages_follow_the_step(step: int, stage: tuple[bool, bool]) -> None:
+    model = build(warmup_steps=3, noisy_steps=2).train()
+    model.step.fill_(step)
+    assert tuple(model._stage()) == stage
+    assert tuple(model.eval()._stage()) == (False, False)
+
+
+@pytest.mark.parametrize("step", [0, 3, 5])
+def test_every_parameter_gets_a_gradient_in_every_stage(step: int) -> None:
+    model = build(warmup_steps=3, noisy_steps=2).train()
+    model.step.fill_(step)
+    model(clip()).total.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_one_particle_works() -> None:
+    model = build(num_particles=1, num_proposals=1).train()
+    loss = model(clip())
+    loss.total.backward()
+    assert torch.isfinite(loss.total)
+
+
+def test_without_score_maps_the_encoder_has_three_channels() -> None:
+    model = build(use_score_map=False)
+    assert torch.isfinite(model(clip()).total)
+    assert count(build()) - count(model) == 8 * 3 * 3
+
+
+def test_bf16_autocast_gives_nearly_the_same_loss() -> None:
+    model = build().eval()
+    exact = model(clip()).total
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = model(clip()).total
+    assert coarse.dtype == torch.float32
+    # the reconstruction dominates; bf16 has 8 bits
+    torch.testing.assert_close(coarse, exact, rtol=0.01, atol=0)
