@@ -1,0 +1,1 @@
+"""Thin Ray and storage around objdyn: one file per stage."""

@@ -1,0 +1,124 @@
+"""The command line of every job: parse flags into a run with tyro, call one function, end with a status to test.
+
+Status 0: done. Status 1: failed, with one line ``error: ...`` on stderr that says what to do (``--debug`` adds the
+traceback). Status 2: the command line itself was wrong. Status 130: interrupted.
+"""
+
+import dataclasses
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+DEBUG = "--debug"
+
+
+def main(
+    function: Callable[[Any], str | None],
+    config: Any,
+    *,
+    description: str,
+    default_preset: str | None = None,
+    args: Sequence[str] | None = None,
+) -> None:
+    """Parse the command line into a run, call ``function(run)``, print what it returns, and exit if that failed.
+
+    Args:
+        function: does the work; a string that it returns is printed as the last line of stdout.
+        config: the run's dataclass, whose fields become flags (a field without a default is a required flag), or
+            presets ``{name: (description, run)}``, which become sub-commands: ``PRESET --flag VALUE ...``.
+        description: first paragraph of ``--help``.
+        default_preset: the preset taken when the command line does not begin with one.
+        args: the command line without the program's name; the process's own by default.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    debug = DEBUG in words
+    words = [word for word in words if word != DEBUG]
+    run = parse(config, words, description=description, default_preset=default_preset)
+    try:
+        result = function(run)
+        if result is not None:
+            print(result, flush=True)
+    except KeyboardInterrupt as error:
+        _fail(error, 130, debug, "interrupted")
+    except (ValueError, OSError, FloatingPointError) as error:  # the last: a loss that is not finite
+        _fail(error, 1, debug, _one_line(error))
+    except Exception as error:  # a defect: hiding its traceback would cost the user a second run
+        _fail(error, 1, True, f"unexpected {type(error).__name__}: {_one_line(error)}")
+
+
+def parse(config: Any, words: Sequence[str], *, description: str, default_preset: str | None = None) -> Any:
+    """Turn a command line into a run.
+
+    Raises:
+        SystemExit: with 2 for a usage error or a value that the run's dataclass refuses (the message is on stderr),
+            with 0 after ``--help``.
+    """
+    import tyro
+
+    description += f"\n\n{DEBUG} anywhere on the line shows the traceback when the job fails."
+    flat = (tyro.conf.AvoidSubcommands,)  # the preset has chosen the model family; it is no sub-command of its own
+    if not isinstance(config, Mapping):
+        return tyro.cli(config, args=words, description=description, config=flat)
+    if default_preset is not None:
+        description += f" A preset comes before all flags; without one the job runs '{default_preset}'."
+    if words and words[0] in config:
+        preset, words = words[0], words[1:]
+    elif words and not words[0].startswith("-"):
+        print(f"error: unknown preset {words[0]!r}; choose from {', '.join(config)}", file=sys.stderr)
+        raise SystemExit(2)
+    elif default_preset is None or words[:1] in (["-h"], ["--help"]):
+        return tyro.extras.overridable_config_cli(config, args=words, description=description)
+    else:
+        preset = default_preset
+    about, run = config[preset]
+    # Parsed as one flat command and not as tyro's sub-command: a typo is then explained by this preset's flags alone.
+    prog = f"{sys.argv[0]} {preset}"
+    return tyro.cli(type(run), args=words, default=run, prog=prog, description=f"{about}\n\n{description}", config=flat)
+
+
+def command(job: str, run: Any, *, preset: str | None = None, default: Any = None) -> str:
+    """Write the command line that ``parse`` turns into this run: the flags that differ from the preset or the defaults.
+
+    Args:
+        job: path of the job's file.
+        run: the run's dataclass.
+        preset: name of the preset that the job takes, with ``default``, the preset's run.
+    """
+    return shlex.join(["python", job, *([] if preset is None else [preset]), *_flags(run, default, "--")])
+
+
+def _flags(run: Any, default: Any, prefix: str) -> Iterator[str]:
+    for field in dataclasses.fields(run):
+        value, flag = getattr(run, field.name), prefix + field.name.replace("_", "-")
+        if default is not None:
+            base = getattr(default, field.name)
+        elif field.default_factory is not dataclasses.MISSING:
+            base = field.default_factory()
+        else:
+            base = field.default
+        if value == base:
+            continue
+        if dataclasses.is_dataclass(value):
+            yield from _flags(value, base if type(base) is type(value) else None, f"{flag}.")
+        elif isinstance(value, bool):
+            yield flag if value else f"{prefix}no-{field.name.replace('_', '-')}"
+        else:
+            yield from (flag, *map(str, value if isinstance(value, tuple) else (value,)))
+
+
+def _fail(error: BaseException, status: int, debug: bool, message: str) -> NoReturn:
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _one_line(error: BaseException) -> str:
+    cause = getattr(error, "cause", None)  # Ray wraps a task's error in a page of traceback and keeps the original here
+    if isinstance(cause, BaseException):
+        error = cause
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return " ".join(str(error).split()) or type(error).__name__

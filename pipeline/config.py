@@ -1,0 +1,364 @@
+"""The runs: every setting of every stage, as frozen dataclasses that any code can build and JSON can store.
+
+A model's own settings live with the model (``objdyn/models``); here are the settings of *running* it. ``__post_init__``
+refuses impossible values with a sentence and changes nothing.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from objdyn.models.ddlp import DDLPConfig
+
+if TYPE_CHECKING:
+    from objdyn.datasets.preprocessing import Preprocessing
+
+ModelConfig = DDLPConfig  # becomes a union when the second family lands; tyro offers its members as sub-commands
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How clips are read for training."""
+
+    window_shards: int = 4
+    """Shards that are open at once and shuffled together; more shuffles better and holds more memory."""
+    prefetch: int = 2
+    """Micro-batches decoded ahead by one thread; 0 decodes in line."""
+    cache_gb: float = 20.0
+    """Local disk for shards fetched from object storage, in GB; least recently used shards go first."""
+
+    def __post_init__(self) -> None:
+        if self.window_shards < 1:
+            raise ValueError(f"loader.window_shards must be at least 1, got {self.window_shards}")
+        if self.prefetch < 0:
+            raise ValueError(f"loader.prefetch must be 0 or more, got {self.prefetch}")
+        if self.cache_gb <= 0:
+            raise ValueError(f"loader.cache_gb must be positive, got {self.cache_gb}")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam and its schedule, in optimiser steps."""
+
+    lr: float = 2e-4
+    """Learning rate at step 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's averaging constants."""
+    eps: float = 1e-4
+    """Adam's denominator floor; DDLP trains with 1e-4."""
+    decay: float = 1.0
+    """Factor on the learning rate every ``decay_steps`` optimiser steps; 1 keeps it constant."""
+    decay_steps: int = 10_000
+    """Optimiser steps between two decays (the papers decay per epoch; a preset converts)."""
+    clip_norm: float | None = None
+    """Largest global gradient norm; None leaves gradients alone."""
+    batch_size: int = 32
+    """Clips per optimiser step over all workers together."""
+    micro_batch_size: int | None = None
+    """Clips per forward pass on one worker; None splits the batch evenly over the workers without accumulation."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr must be positive, got {self.lr}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"optim.decay must be in (0, 1], got {self.decay}")
+        if self.decay_steps < 1:
+            raise ValueError(f"optim.decay_steps must be at least 1, got {self.decay_steps}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"optim.clip_norm must be positive or None, got {self.clip_norm}")
+        if self.batch_size < 1:
+            raise ValueError(f"optim.batch_size must be at least 1, got {self.batch_size}")
+        if self.micro_batch_size is not None and (
+            self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size != 0
+        ):
+            raise ValueError(
+                f"optim.micro_batch_size must divide optim.batch_size={self.batch_size}, got {self.micro_batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """One training run: a model on a dataset into a run folder."""
+
+    model: ModelConfig = field(default_factory=DDLPConfig)
+    """The model's settings; its class says which family."""
+    data: str = "sim:balls-interaction"
+    """Dataset folder or s3:// URL holding ``train`` (and ``val``), or ``sim:NAME`` to stream a simulator."""
+    out: str = ""
+    """Run folder or s3:// URL; empty takes the next free number under ~/objdyn/runs."""
+    resume: bool = False
+    """Continue the run in ``out`` from its last checkpoint; without it a folder that holds a run is refused."""
+    seed: int = 0
+    """Seed of weights, sample order and noise."""
+    steps: int = 1000
+    """Optimiser steps of the whole run."""
+    clip_frames: int = 11
+    """Frames of a training clip: a window inside a stored clip (for DDLP its T + 1)."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """Reader."""
+    workers: int = 1
+    """Processes that train together (one GPU or one CPU slot each)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if the machine that starts the run has one."""
+    threads: int | None = None
+    """Torch threads per worker on CPU; None shares the machine's cores among its workers."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs autocast, on a GPU only; KL terms stay in fp32."""
+    log_every: int = 20
+    """Optimiser steps between two lines of metrics."""
+    eval_every: int = 500
+    """Optimiser steps between two evaluations on held-out clips; 0 never evaluates."""
+    eval_clips: int = 16
+    """Held-out clips of each evaluation."""
+    checkpoint_every: int = 500
+    """Optimiser steps between two checkpoints; the last step always has one."""
+    keep_last: int = 3
+    """Newest checkpoints to keep; the best one by held-out reconstruction is kept beside them."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "clip_frames", "workers", "log_every", "eval_clips", "checkpoint_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every must be 0 (never) or more, got {self.eval_every}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1 or None, got {self.threads}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        if self.precision == "bf16" and self.device == "cpu":
+            raise ValueError("precision=bf16 needs a GPU; leave it at fp32 for device=cpu")
+        micro = self.optim.micro_batch_size or max(1, self.optim.batch_size // self.workers)
+        if self.optim.batch_size % (micro * self.workers) != 0:
+            raise ValueError(
+                f"workers={self.workers} times micro-batches of {micro} clips do not divide optim.batch_size="
+                f"{self.optim.batch_size}; choose a batch size or a number of workers that divides"
+            )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Clips per forward pass on one worker."""
+        return self.optim.micro_batch_size or self.optim.batch_size // self.workers
+
+
+@dataclass(frozen=True)
+class ExtractRun:
+    """One extraction: a checkpoint over a split into tables of latents."""
+
+    checkpoint: str
+    """Run folder (its last checkpoint is taken) or one checkpoint's folder; local or s3://."""
+    data: str
+    """Dataset folder or s3:// URL holding the split, or ``sim:NAME``."""
+    out: str
+    """Folder or s3:// URL of the tables; started again on the same folder it does only what is missing."""
+    split: str = "test"
+    """Split to read."""
+    context: int | None = None
+    """Frames to see before predicting; goes with horizon."""
+    horizon: int | None = None
+    """Frames to predict after the context; they may reach beyond the clip, where errors are null."""
+    limit: int | None = None
+    """Only the first clips of the split, so many; None takes all."""
+    batch_size: int = 4
+    """Clips that one worker encodes together; more is faster on a GPU and takes more memory."""
+    workers: int = 1
+    """Processes, each with a copy of the model on one CPU slot or one GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes GPUs if the cluster has any."""
+
+    def __post_init__(self) -> None:
+        if (self.context is None) != (self.horizon is None):
+            given, missing = ("context", "horizon") if self.horizon is None else ("horizon", "context")
+            raise ValueError(
+                f"{given} was given without {missing}; give both to predict (see context frames, then predict horizon "
+                "frames), or neither to only encode"
+            )
+        for name in ("context", "horizon", "limit", "batch_size", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class EvaluateRun:
+    """A checkpoint measured on one split of a dataset, beside trivial baselines: metrics.json and report.html."""
+
+    checkpoint: str
+    """Run folder, or one checkpoint inside it; local or s3://."""
+    data: str
+    """Dataset folder or s3:// URL, or ``sim:NAME``; its ``train`` split gives the constant background."""
+    out: str
+    """Folder or s3:// URL that gets metrics.json and report.html; earlier ones there are replaced."""
+    split: str = "test"
+    """Split to evaluate."""
+    context: int = 10
+    """Frames of each clip that the model sees before it predicts."""
+    horizon: int = 40
+    """Frames to predict; 0 evaluates reconstruction only."""
+    limit: int | None = None
+    """Clips to evaluate, the first ones of the split; None takes all."""
+    batch_size: int = 8
+    """Clips encoded together."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+    which: Literal["last", "best"] = "last"
+    """Which checkpoint of a run folder: the newest, or the best by held-out reconstruction."""
+    wall_radius: float = 8.0
+    """Radius of the objects that "constant velocity with walls" reflects, in pixels of a frame 64 pixels high."""
+    report_clips: int = 4
+    """Clips drawn in the report, the first ones of the split."""
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("horizon", "report_clips"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1 or None for all clips, got {self.limit}")
+        if not 0 <= self.wall_radius < 32:
+            raise ValueError(f"wall_radius must be in [0, 32), got {self.wall_radius}")
+
+
+@dataclass(frozen=True)
+class QuickstartRun:
+    """The whole road on simulated videos: mp4 files, shards, training, tables, evaluation, report."""
+
+    out: str = ""
+    """Local folder, empty or not there yet; empty takes the next free number under ./quickstart-out."""
+    preset: str = "quickstart"
+    """Preset of ``train_ddlp.py`` that is trained."""
+    steps: int | None = None
+    """Optimiser steps; None takes the preset's, about four minutes on two cores."""
+    seed: int = 0
+    """Seed of weights, sample order and noise; the videos are always the same."""
+    train_videos: int = 160
+    """Simulated videos to train on."""
+    val_videos: int = 16
+    """Videos that training evaluates on."""
+    test_videos: int = 16
+    """Held-out episodes of the final evaluation, with true positions."""
+    frames: int = 60
+    """Frames of each video."""
+    context: int = 10
+    """Frames seen before predicting."""
+    horizon: int = 20
+    """Frames predicted after them."""
+    promise_db: float = 6.0
+    """Least gain of the reconstruction over the constant background, in dB of PSNR."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_videos", "val_videos", "test_videos", "frames", "context", "horizon"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1 or None, got {self.steps}")
+        if self.context + self.horizon > self.frames:
+            raise ValueError(
+                f"context={self.context} and horizon={self.horizon} need videos of {self.context + self.horizon} "
+                f"frames, got frames={self.frames}"
+            )
+
+
+@dataclass(frozen=True)
+class ShardRun:
+    """One split of a dataset, made from videos: WebDataset tars, index.parquet, manifest.json, quarantine.parquet."""
+
+    source: str
+    """Folder, file or s3:// URL of the videos, or ``sim:NAME``."""
+    out: str
+    """Dataset folder or s3:// URL; the split gets a folder inside it."""
+    layout: Literal["videos", "frames", "gswm-hdf5", "webdataset"] = "videos"
+    """What the source holds: video files, a folder of numbered images per video, G-SWM's HDF5, tars of video files."""
+    split: str = "train"
+    """Name of the split; of a simulator, which of its splits."""
+    frames: int = 20
+    """Frames of a clip."""
+    stride: int = 1
+    """Source frames from one kept frame to the next."""
+    hop: int | None = None
+    """Source frames from the start of one clip to the next; None is frames * stride: no overlap."""
+    start: int = 0
+    """First source frame of the first clip of a video."""
+    crop: str = ""
+    """x0,y0,x1,y1 in source pixels, x1 and y1 outside; empty keeps the whole frame."""
+    fit: Literal["squeeze", "center-crop"] = "squeeze"
+    """How a frame becomes square: change its aspect ratio, or cut the longer side."""
+    filter: Literal["area", "bilinear", "bicubic", "lanczos", "nearest"] = "area"
+    """Pillow's resize filter; area is its BOX."""
+    size: int = 64
+    """Height and width of the stored frames."""
+    fps: float = 10.0
+    """Frames per second to record where the source states none (numbered images, HDF5)."""
+    codec: Literal["zstd", "npy", "webp-strip"] = "zstd"
+    """How frames are stored, always without loss; webp-strip is smallest for noisy real footage and slower."""
+    clips_per_shard: int | None = None
+    """Clips in one tar; None fills about 48 MB of pixels."""
+    limit: int | None = None
+    """Only the first videos, so many; None takes all."""
+    seed: int | None = None
+    """Seed of a simulator; None gives its published data. Files have no use for it."""
+    max_quarantined: float = 0.01
+    """Share of the inputs that may be unusable; more is an error from 100 inputs on, a warning below."""
+    workers: int | None = None
+    """CPU slots of a Ray started by this job; None takes every core, or the cluster that is there."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.split):
+            raise ValueError(f"split must be a name of lower-case letters, digits, _ and -, got {self.split!r}")
+        for name in ("clips_per_shard", "limit", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"fps must be positive, got {self.fps}")
+        if self.seed is not None and self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        if not 0 <= self.max_quarantined <= 1:
+            raise ValueError(f"max_quarantined is a share in [0, 1], got {self.max_quarantined}")
+        self.preprocessing()
+
+    def preprocessing(self) -> "Preprocessing":
+        """Return what a reader needs of these settings.
+
+        Raises:
+            ValueError: one of them is impossible.
+        """
+        from objdyn.datasets.preprocessing import Preprocessing
+
+        corners: tuple[int, int, int, int] | None = None
+        if self.crop:
+            if not re.fullmatch(r"\d+,\d+,\d+,\d+", self.crop):
+                raise ValueError(f"crop must be four whole numbers x0,y0,x1,y1, got {self.crop!r}")
+            x0, y0, x1, y1 = (int(number) for number in self.crop.split(","))
+            corners = (x0, y0, x1, y1)
+        return Preprocessing(
+            frames=self.frames,
+            stride=self.stride,
+            hop=self.hop,
+            start=self.start,
+            crop=corners,
+            fit=self.fit,
+            filter=self.filter,
+            size=self.size,
+        )
+
+
+def with_overrides(run: Any, overrides: dict[str, Any]) -> Any:
+    """Return a copy of a run with dotted fields replaced: ``{"optim.lr": 3e-4, "model.num_particles": 8}``.
+
+    Raises:
+        ValueError: a name is not a field; the message lists the fields that exist there.
+    """
+    for path, value in overrides.items():
+        head, _, rest = path.partition(".")
+        names = [f.name for f in dataclasses.fields(run)]
+        if head not in names:
+            raise ValueError(f"{type(run).__name__} has no field {head!r} (in {path!r}); it has {', '.join(names)}")
+        new = with_overrides(getattr(run, head), {rest: value}) if rest else value
+        run = dataclasses.replace(run, **{head: new})
+    return run

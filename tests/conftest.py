@@ -1,0 +1,74 @@
+"""Fixtures shared by every test. The environment is set before anything imports ray: each Ray process inherits it."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+RAY_TMPDIR = tempfile.mkdtemp(prefix="r", dir="/tmp")  # private: finds no stale cluster; short: sockets need it
+os.environ.update(
+    RAY_TMPDIR=RAY_TMPDIR,
+    RAY_AUTH_MODE="disabled",
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # without it 127.0.0.1 is ignored, see pipeline/cluster.py
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
+    RAY_TRAIN_ENABLE_PRINT_PATCH="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    OMP_NUM_THREADS="1",
+    OMP_WAIT_POLICY="passive",
+    MPLBACKEND="agg",
+)
+for name in ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+    os.environ.pop(name, None)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(RAY_TMPDIR, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def single_torch_thread() -> None:
+    """One thread: sums are then added in one order, and small tensors are faster."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the working tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data beside the repository; tests that need it are skipped where it is absent."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the folder of real data {folder.name}/ beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A local Ray with four logical CPUs, one for the whole session."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=True,
+        dashboard_port=0,
+        object_store_memory=200 << 20,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )
+    yield
+    ray.shutdown()
