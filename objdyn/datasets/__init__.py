@@ -1,0 +1,47 @@
+"""Readers of published formats: a listing and an ``open`` in, clips out.
+
+A layout is four functions. ``find`` sees names only; ``scan``, where one file holds several videos, opens the file and
+lists them; ``probe`` decodes a video once to count its frames; ``read`` cuts clips.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from objdyn.clips import Clip
+from objdyn.datasets import frames, gswm_hdf5, videos, webdataset
+from objdyn.datasets.preprocessing import Preprocessing
+from objdyn.datasets.sources import Cut, Fault, Found, Open, Video, VideoError
+
+__all__ = ["LAYOUTS", "Cut", "Fault", "Found", "Layout", "Open", "Preprocessing", "Video", "VideoError"]
+
+
+class Read(Protocol):
+    """Cuts clips from one video; see ``videos.read``."""
+
+    def __call__(
+        self, video: Video, open_file: Open, cuts: Sequence[Cut], preprocessing: Preprocessing, fps: float = 1.0
+    ) -> Iterator[Clip]: ...
+
+
+class Layout(NamedTuple):
+    """How one published format is read."""
+
+    find: Callable[[Sequence[str]], Found]
+    scan: Callable[[Video, Open], Found] | None
+    """None where a file or folder is one video."""
+    probe: Callable[[Video, Open], Video]
+    read: Read
+    wants: str
+    """What ``find`` looks for, for messages."""
+
+
+LAYOUTS = {
+    "videos": Layout(videos.find, None, videos.probe, videos.read, f"files {', '.join(videos.EXTENSIONS)}"),
+    "frames": Layout(
+        frames.find, None, frames.probe, frames.read, f"folders of numbered images {', '.join(frames.EXTENSIONS)}"
+    ),
+    "gswm-hdf5": Layout(
+        gswm_hdf5.find, gswm_hdf5.scan, gswm_hdf5.probe, gswm_hdf5.read, f"files {', '.join(gswm_hdf5.EXTENSIONS)}"
+    ),
+    "webdataset": Layout(webdataset.find, webdataset.scan, webdataset.probe, webdataset.read, "files .tar"),
+}

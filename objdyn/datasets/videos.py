@@ -1,0 +1,59 @@
+"""A folder of video files, in any sub-folders: mp4, avi, webm, mov, gif, mkv."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from objdyn.clips import Clip, probe_video, video_frames
+from objdyn.datasets.preprocessing import Preprocessing
+from objdyn.datasets.sources import Cut, Found, Open, Video, VideoError, cut_clips, is_hidden, natural_order
+
+EXTENSIONS = (".mp4", ".avi", ".webm", ".mov", ".gif", ".mkv")
+
+
+def is_video(path: str) -> bool:
+    """Whether a path names a video file by its extension."""
+    return path.lower().endswith(EXTENSIONS) and not is_hidden(path)
+
+
+def find(listing: Sequence[str]) -> Found:
+    """Every video file of a listing is one video, in natural order of its path."""
+    paths = sorted((path for path in listing if is_video(path)), key=natural_order)
+    return Found(tuple(Video(path, (path,)) for path in paths), ignored=len(listing) - len(paths))
+
+
+def probe(video: Video, open_file: Open) -> Video:
+    """Count the frames by decoding.
+
+    Raises:
+        VideoError: it does not decode.
+    """
+    with open_file(video.files[0]) as file:
+        try:
+            info = probe_video(file)
+        except ValueError as error:
+            raise VideoError("unreadable", str(error)) from error
+    differs = info.promised not in (0, info.frames)
+    note = f"the header promises {info.promised} frames, {info.frames} decode" if differs else ""
+    return dataclasses.replace(
+        video,
+        frames=info.frames,
+        height=info.height,
+        width=info.width,
+        fps=info.fps,
+        keyframes=info.keyframes,
+        note=note,
+    )
+
+
+def read(
+    video: Video, open_file: Open, cuts: Sequence[Cut], preprocessing: Preprocessing, fps: float = 1.0
+) -> Iterator[Clip]:
+    """Decode and cut clips; ``fps`` stands in where the file states no rate.
+
+    Raises:
+        ValueError: the video does not decode as far as it must, or the crop leaves its frames.
+    """
+    with open_file(video.files[0]) as file:
+        yield from cut_clips(
+            video, cuts, preprocessing, fps, lambda wanted: video_frames(file, wanted, video.keyframes)
+        )

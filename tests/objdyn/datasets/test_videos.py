@@ -1,0 +1,68 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+import pytest
+
+from objdyn.datasets import Cut, Preprocessing, VideoError, videos
+
+
+def opener(root: Path) -> Callable[[str], BinaryIO]:
+    return lambda path: cast(BinaryIO, (root / path).open("rb"))
+
+
+def test_find_takes_videos_in_natural_order_and_counts_the_rest() -> None:
+    found = videos.find(["b/10.mp4", "b/2.mp4", "a.AVI", "notes.txt", "b/._2.mp4", "x.webm", "c.gif"])
+    assert [video.source for video in found.videos] == ["a.AVI", "b/2.mp4", "b/10.mp4", "c.gif", "x.webm"]
+    assert found.ignored == 2
+
+
+def test_clips_hold_the_frames_that_stride_and_hop_ask_for(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
+) -> None:
+    write_video(tmp_path / "a.mp4", counting_frames(30))
+    preprocessing = Preprocessing(3, stride=2, hop=4, start=1, size=16)
+    video = videos.probe(videos.find(["a.mp4"]).videos[0], opener(tmp_path))
+    starts = preprocessing.starts(video.frames)
+    assert list(starts) == [1, 5, 9, 13, 17, 21, 25]
+    cuts = [Cut(f"k{i}", start) for i, start in enumerate(starts)]
+    clips = list(videos.read(video, opener(tmp_path), cuts, preprocessing))
+    assert [clip.key for clip in clips] == [cut.key for cut in cuts]
+    for clip, start in zip(clips, starts, strict=True):
+        assert clip.frames.shape == (3, 16, 16, 3)
+        assert (clip.start_frame, clip.stride, clip.fps, clip.source) == (start, 2, 25.0, "a.mp4")
+        levels = clip.frames.mean(axis=(1, 2, 3))
+        assert np.abs(levels - 5 * np.array([start, start + 2, start + 4])).max() < 2.5
+
+
+def test_a_cut_after_the_end_names_the_missing_frame(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
+) -> None:
+    write_video(tmp_path / "a.mp4", counting_frames(5))
+    video = videos.probe(videos.find(["a.mp4"]).videos[0], opener(tmp_path))
+    with pytest.raises(VideoError, match="frame 6 does not decode, though 5 frames were counted"):
+        list(videos.read(video, opener(tmp_path), [Cut("k", 4)], Preprocessing(3)))
+
+
+def test_text_named_mp4_is_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_text("no video")
+    with pytest.raises(VideoError, match="FFmpeg cannot read the video") as caught:
+        videos.probe(videos.find(["a.mp4"]).videos[0], opener(tmp_path))
+    assert caught.value.code == "unreadable"
+
+
+def test_truncated_mp4_is_unreadable(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
+) -> None:
+    path = write_video(tmp_path / "a.mp4", counting_frames(30))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(VideoError):
+        videos.probe(videos.find(["a.mp4"]).videos[0], opener(tmp_path))
+
+
+def test_header_that_promises_too_much_is_a_note(shared: Path) -> None:
+    folder = shared / "data/traffic_camera"
+    video = videos.probe(videos.find(["highway_b.avi"]).videos[0], opener(folder))
+    assert video.frames == 1699
+    assert video.note == "the header promises 1700 frames, 1699 decode"

@@ -1,0 +1,269 @@
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+
+from objdyn.clips import (
+    CODECS,
+    Clip,
+    collate,
+    from_sample,
+    probe_video,
+    read_video,
+    to_frames,
+    to_model_input,
+    to_sample,
+    video_frames,
+)
+
+
+def make_clip(
+    shape: tuple[int, int, int, int] = (5, 8, 6, 3),
+    key: str = "v00000-c0001",
+    truth: dict[str, np.ndarray] | None = None,
+) -> Clip:
+    frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return Clip(key, frames, fps=25.0, start_frame=30, stride=3, source="a/b.mp4", truth=truth or {})
+
+
+def full_truth() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {
+        "segmentation": rng.integers(0, 3, (5, 8, 6), dtype=np.uint8),
+        "positions": rng.uniform(-1, 1, (5, 2, 2)).astype(np.float32),
+        "present": rng.random((5, 2)) > 0.5,
+        "num_objects": np.asarray(2, np.int64),
+    }
+
+
+def sample_of(codec: str = "zstd", **meta: Any) -> dict[str, bytes]:
+    sample = to_sample(make_clip(), codec)
+    sample["json"] = json.dumps({**json.loads(sample["json"]), **meta}).encode()
+    return sample
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_samples_round_trip_without_loss(codec: str) -> None:
+    clip = make_clip(truth=full_truth())
+    back = from_sample(clip.key, {name: memoryview(data) for name, data in to_sample(clip, codec).items()})
+    assert np.array_equal(back.frames, clip.frames)
+    assert (back.key, back.fps, back.start_frame, back.stride, back.source) == ("v00000-c0001", 25.0, 30, 3, "a/b.mp4")
+    assert set(back.truth) == set(clip.truth)
+    for name, array in clip.truth.items():
+        assert back.truth[name].dtype == array.dtype
+        assert np.array_equal(back.truth[name], array)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_equal_clips_give_equal_bytes(codec: str) -> None:
+    samples = [
+        to_sample(make_clip(truth=truth), codec) for truth in (full_truth(), dict(reversed(full_truth().items())))
+    ]
+    assert list(samples[0].items()) == list(samples[1].items())
+    assert "key" not in json.loads(samples[0]["json"])
+
+
+def test_zstd_frame_is_an_npy_file_with_checksum() -> None:
+    clip = make_clip()
+    data = to_sample(clip)["frames.npy.zst"]
+    assert zstandard.get_frame_parameters(data).has_checksum
+    array = np.load(io.BytesIO(zstandard.decompress(data)), allow_pickle=False)
+    assert np.array_equal(array, clip.frames)
+
+
+def test_webp_strip_breaks_before_the_side_limit() -> None:
+    clip = make_clip((7, 5000, 4, 3))  # 35000 rows in one column would pass webp's 16383
+    back = from_sample(clip.key, to_sample(clip, "webp-strip"))
+    assert np.array_equal(back.frames, clip.frames)
+
+
+def test_webp_strip_is_smaller_than_zstd_on_smooth_noise() -> None:
+    rng = np.random.default_rng(0)
+    frames = (np.linspace(50, 200, 64)[None, :, None, None] + rng.normal(0, 1, (8, 64, 64, 3))).astype(np.uint8)
+    clip = Clip("a", frames, 25.0, 0, 1, "a")
+    assert len(to_sample(clip, "webp-strip")["frames.webp"]) < len(to_sample(clip)["frames.npy.zst"])
+
+
+def test_unsuited_codecs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown codec 'h264'; choose one of zstd"):
+        to_sample(make_clip(), "h264")
+    with pytest.raises(ValueError, match="3 channels"):
+        to_sample(make_clip((2, 4, 4, 1)), "webp-strip")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": np.zeros((2, 4, 4, 3), np.float32)}, "must be uint8"),
+        ({"frames": np.zeros((4, 4, 3), np.uint8)}, "must be uint8"),
+        ({"frames": np.zeros((0, 4, 4, 3), np.uint8)}, "empty axis"),
+        ({"key": "a.b"}, "key"),
+        ({"key": "A"}, "key"),
+        ({"fps": 0.0}, "positive fps"),
+        ({"stride": 0}, "stride >= 1"),
+        ({"truth": {"positions": np.zeros((2, 1, 2))}}, "float32"),
+        ({"truth": {"positions": np.zeros((3, 1, 2), np.float32)}}, "start with 2 frames"),
+        ({"truth": {"segmentation": np.zeros((2, 4, 5), np.uint8)}}, "segmentation"),
+        ({"truth": {"frames": np.zeros(2)}}, "cannot name truth"),
+        ({"truth": {"../x": np.zeros(2)}}, "cannot name truth"),
+    ],
+)
+def test_malformed_clips_are_refused(changes: dict[str, Any], message: str) -> None:
+    fields = {"key": "a", "frames": np.zeros((2, 4, 4, 3), np.uint8), "fps": 1.0, "start_frame": 0, "stride": 1}
+    with pytest.raises(ValueError, match=message):
+        Clip(**{**fields, "source": "s", **changes})
+
+
+def test_window_cuts_frames_and_truth_alike() -> None:
+    clip = make_clip(truth=full_truth())
+    window = clip.window(1, 3)
+    assert (window.key, window.start_frame, len(window.frames)) == (clip.key, 30 + 1 * 3, 3)
+    assert np.array_equal(window.frames, clip.frames[1:4])
+    assert np.array_equal(window.truth["positions"], clip.truth["positions"][1:4])
+    assert window.truth["num_objects"] == 2
+    with pytest.raises(ValueError, match="has 5 frames, cannot cut 3 from frame 3"):
+        clip.window(3, 3)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_truncated_frames_are_refused(codec: str) -> None:
+    sample = to_sample(make_clip(), codec)
+    name = next(iter(sample))
+    for length in (0, 1, 20, 60, len(sample[name]) // 2, len(sample[name]) - 1):
+        with pytest.raises(ValueError, match="v00000-c0001"):
+            from_sample("v00000-c0001", {**sample, name: sample[name][:length]})
+
+
+def test_flipped_bits_under_zstd_are_refused() -> None:
+    sample = to_sample(make_clip())
+    data = bytearray(sample["frames.npy.zst"])
+    data[len(data) // 2] ^= 4
+    with pytest.raises(ValueError, match="damaged zstd frame"):
+        from_sample("a", {**sample, "frames.npy.zst": bytes(data)})
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_frames_that_contradict_the_json_are_refused(codec: str) -> None:
+    with pytest.raises(ValueError, match="sample a"):
+        from_sample("a", sample_of(codec, frames=6))
+
+
+def test_claims_beyond_the_limit_are_refused_before_memory_is_taken() -> None:
+    with pytest.raises(ValueError, match="claims frames"):
+        from_sample("a", sample_of(frames=2**40))
+    bomb = zstandard.ZstdCompressor().compress(bytes(100_000_000))
+    with pytest.raises(ValueError, match="claims 100000000 bytes for an array of 720"):
+        from_sample("a", {**sample_of(), "frames.npy.zst": bomb})
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"shape": (2**40,), "fortran_order": False, "descr": "|u1"})
+    for name in ("frames.npy", "positions.npy"):
+        with pytest.raises(ValueError, match="do not hold"):
+            from_sample("a", {**sample_of("npy"), name: header.getvalue()})
+    strip = bytearray(sample_of("webp-strip")["frames.webp"])
+    strip[21:25] = b"\xff\xff\xff\x0f"
+    with pytest.raises(ValueError, match="lossless strip"):
+        from_sample("a", {**sample_of("webp-strip"), "frames.webp": bytes(strip)})
+
+
+def test_pickled_arrays_are_refused() -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="positions"):
+        from_sample("a", {**sample_of(), "positions.npy": buffer.getvalue()})
+
+
+@pytest.mark.parametrize("missing", ["json", "frames.npy.zst"])
+def test_incomplete_and_unknown_members_are_refused(missing: str) -> None:
+    sample = sample_of()
+    with pytest.raises(ValueError, match="needs json and one of"):
+        from_sample("a", {name: data for name, data in sample.items() if name != missing})
+    with pytest.raises(ValueError, match=r"'x\.pickle'"):
+        from_sample("a", {**sample, "x.pickle": b""})
+
+
+def test_pixels_survive_model_input_and_back() -> None:
+    clips = [make_clip(), make_clip()]
+    batch = collate(clips)
+    assert batch.shape == (2, 5, 3, 8, 6)
+    assert batch.is_contiguous()
+    video = to_model_input(batch)
+    assert video.dtype == torch.float32
+    assert video.min() >= 0
+    assert video.max() <= 1
+    assert np.array_equal(to_frames(video)[1], clips[1].frames)
+    assert np.array_equal(to_frames(video[0]), clips[0].frames)
+    assert to_frames(torch.tensor([-1.0, 0.4999, 2.0]).reshape(1, 3, 1, 1)).ravel().tolist() == [0, 127, 255]
+
+
+def test_batches_of_unequal_or_float_clips_are_refused() -> None:
+    with pytest.raises(ValueError, match="b is"):
+        collate([make_clip(), make_clip((5, 8, 8, 3), key="b")])
+    with pytest.raises(ValueError, match="no clips"):
+        collate([])
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.mov", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9")],
+)
+def test_videos_decode_to_the_frames_written(
+    tmp_path: Path,
+    write_video: Callable[..., Path],
+    counting_frames: Callable[[int], np.ndarray],
+    name: str,
+    codec: str,
+) -> None:
+    path = write_video(tmp_path / name, counting_frames(12), codec)
+    info = probe_video(str(path))
+    assert (info.frames, info.height, info.width, info.fps) == (12, 32, 48, 25.0)
+    video = read_video(str(path), start=2, length=3, stride=4)
+    assert video.frames.shape == (3, 32, 48, 3)
+    assert np.abs(video.frames.mean(axis=(1, 2, 3)) - [10, 30, 50]).max() < 2.5  # half a step between two frames
+    with pytest.raises(ValueError, match="ends after 2 of the 3 frames"):
+        read_video(str(path), start=2, length=3, stride=5)
+
+
+def test_gif_decodes(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
+) -> None:
+    assert probe_video(str(write_video(tmp_path / "a.gif", counting_frames(6), "gif", 10))).frames == 6
+
+
+def test_seeking_finds_the_same_frames_as_decoding_from_the_start(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
+) -> None:
+    path = str(write_video(tmp_path / "long.mp4", counting_frames(1300), "libx264", g="48", bf="3"))
+    info = probe_video(path)
+    assert len(info.keyframes) > 3
+    wanted = range(1231, 1290, 7)
+    plain = list(video_frames(path, wanted))
+    sought = list(video_frames(path, wanted, info.keyframes))
+    assert [index for index, _ in sought] == [index for index, _ in plain] == list(wanted)
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(plain, sought, strict=True))
+    wrong = tuple((index, pts + 1) for index, pts in info.keyframes)
+    given_up = list(video_frames(path, wanted, wrong))
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(plain, given_up, strict=True))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n"])
+def test_files_that_are_no_videos_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(content)
+    with path.open("rb") as file, pytest.raises(ValueError, match="FFmpeg cannot read"):
+        probe_video(file)
+
+
+def test_real_videos_count_by_decoding(shared: Path) -> None:
+    folder = shared / "data/traffic_camera"
+    road = probe_video(str(folder / "road_overhead.avi"))
+    assert (road.frames, road.promised, road.fps) == (374, 374, 30.0)
+    video = read_video(str(folder / "road_overhead.avi"), length=2)
+    assert video.frames.shape == (2, 360, 640, 3)
+    assert hashlib.sha256(video.frames[0]).digest() != hashlib.sha256(video.frames[1]).digest()
