@@ -1,0 +1,391 @@
+"""Checkpoints of a run folder: safetensors and JSON, published whole, verified when read.
+
+    RUN/checkpoints/step-00000100/model.safetensors, optimizer.safetensors, state.json, COMPLETE
+    RUN/last.json
+
+``COMPLETE`` holds bytes and SHA-256 of the other three and is written after them; ``last.json`` is written after it and
+alone says which checkpoint counts. So a run that is killed at any moment goes on from the checkpoint before.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import subprocess
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from objdyn.families import FAMILIES, build
+from pipeline import store
+from pipeline.config import with_overrides
+
+SCHEMA = 1
+"""Version of ``state.json``."""
+
+_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_NAME = re.compile(r"step-\d{8,}")
+
+
+class Saved(NamedTuple):
+    """A checkpoint as read, for ``restore``."""
+
+    step: int
+    """Completed optimiser steps."""
+    path: str
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    """Tensors of the optimiser's state by ``index/name``; the settings of its groups are in ``state``."""
+    state: dict[str, Any]
+    """What ``save_checkpoint`` was given, and ``schema``, ``step``, ``code``, ``optimizer``."""
+
+
+class Loaded(NamedTuple):
+    """A model rebuilt from a checkpoint alone."""
+
+    model: Any
+    """In eval mode, on the device asked for."""
+    family: str
+    config: Any
+    step: int
+    model_id: str
+    """SHA-256 of ``model.safetensors``."""
+    run: dict[str, Any]
+    """The run that trained it, as JSON."""
+
+
+def save_checkpoint(
+    run_dir: str,
+    step: int,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    keep_last: int,
+    best: bool = False,
+) -> str:
+    """Save a training state as the run's last checkpoint; return the checkpoint's folder.
+
+    ``state`` holds ``family``, the config's fields as ``model`` or as ``run["model"]``, and whatever the loop wants
+    back. The newest ``keep_last`` checkpoints stay, and the best one: this one if ``best``, else the best so far.
+
+    Raises:
+        ValueError: ``state`` or the optimiser's state has no exact form on disk.
+    """
+    import safetensors.torch
+
+    if taken := {"schema", "step", "code", "optimizer"} & set(state):
+        raise ValueError(f"state must not hold {', '.join(sorted(taken))}: save_checkpoint writes it")
+    bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    tensors, groups = _optimizer_state(optimizer)
+    content = {**state, "schema": SCHEMA, "step": step, "code": code_revision(), "optimizer": {"groups": groups}}
+    files = {
+        _MODEL: safetensors.torch.save(_on_disk(bare.state_dict())),
+        _OPTIMIZER: safetensors.torch.save(_on_disk(tensors)),
+        _STATE: store.json_bytes(content),
+    }
+    complete = store.json_bytes(
+        {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    )
+    name = f"checkpoints/step-{step:08d}"
+    path = store.join(run_dir, name)
+    if not (store.exists(store.join(path, "COMPLETE")) and store.read_bytes(store.join(path, "COMPLETE")) == complete):
+        store.remove(store.join(path, "COMPLETE"))  # left by an attempt that got no further, or by another run
+        for file, data in files.items():
+            store.publish(store.join(path, file), data)
+        store.publish(store.join(path, "COMPLETE"), complete)
+    before = _read_last(run_dir)
+    last = {"step": step, "checkpoint": name, "best": name if best else before and before["best"]}
+    store.publish_json(store.join(run_dir, "last.json"), last)
+    _retire(run_dir, step, keep_last, last["best"])
+    return path
+
+
+def load_last(run_dir: str) -> Saved | None:
+    """Read the checkpoint that ``last.json`` names; ``None`` if the run has none yet.
+
+    Raises:
+        ValueError: it is damaged or incomplete; the message names the file.
+    """
+    last = _read_last(run_dir)
+    if last is None:
+        return None
+    path = store.join(run_dir, last["checkpoint"])
+    files = _read_files(path, (_MODEL, _OPTIMIZER, _STATE))
+    state = _parse_state(path, files[_STATE])
+    return Saved(
+        step=state["step"],
+        path=path,
+        model=_parse_tensors(path, _MODEL, files[_MODEL]),
+        optimizer=_parse_tensors(path, _OPTIMIZER, files[_OPTIMIZER]),
+        state=state,
+    )
+
+
+def last_step(run_dir: str) -> int | None:
+    """Return the step of the checkpoint that ``last.json`` names, without reading it; ``None`` if there is none."""
+    last = _read_last(run_dir)
+    return None if last is None else int(last["checkpoint"].rpartition("-")[2])
+
+
+def restore(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint back into a model and its optimiser, bit for bit.
+
+    Raises:
+        ValueError: they are not built as the checkpoint's were.
+    """
+    bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    _load_weights(bare, saved.model, saved.path)
+    current = optimizer.state_dict()
+    groups = saved.state["optimizer"]["groups"]
+    counts = [len(group["params"]) for group in current["param_groups"]]
+    if [group["params"] for group in groups] != counts:
+        raise ValueError(f"{saved.path} holds an optimiser of other parameters than this run's {counts}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in saved.optimizer.items():
+        index, _, field = name.partition("/")
+        if tensor.ndim and tensor.shape != parameters[int(index)].shape:
+            raise ValueError(f"{saved.path}: {field} of parameter {index} has shape {tuple(tensor.shape)}")
+        if tensor.ndim:  # laid out as its parameter, which may be channels-last: fused Adam walks both in memory order
+            tensor = torch.empty_like(parameters[int(index)], dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(int(index), {})[field] = tensor
+    for group, wanted in zip(current["param_groups"], groups, strict=True):
+        for name, value in wanted.items():
+            if name != "params":
+                group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+    optimizer.load_state_dict({"state": dict(sorted(state.items())), "param_groups": current["param_groups"]})
+
+
+def load_model(
+    path: str,
+    *,
+    device: torch.device | str = "cpu",
+    which: Literal["last", "best"] = "last",
+    overrides: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Rebuild a model from a run folder or from one checkpoint's folder.
+
+    ``overrides`` replaces fields of the model's config, ``{"num_particles": 12}``; ``model.`` before a name is allowed.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, or the overrides do not fit its weights.
+    """
+    folder = _checkpoint_folder(path, which)
+    files = _read_files(folder, (_MODEL, _STATE))
+    state = _parse_state(folder, files[_STATE])
+    family = state.get("family")
+    if family not in FAMILIES:
+        raise ValueError(f"{folder} is of family {family!r}; this version knows {', '.join(FAMILIES)}")
+    fields = state["model"] if "model" in state else state.get("run", {}).get("model")
+    config = config_from_json(FAMILIES[family].config, fields)
+    config = with_overrides(config, {name.removeprefix("model."): value for name, value in (overrides or {}).items()})
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn and overwritten; the caller's draws stay
+        model = build(config)
+    _load_weights(model, _parse_tensors(folder, _MODEL, files[_MODEL]), folder)
+    return Loaded(
+        model=model.to(device).eval(),
+        family=family,
+        config=config,
+        step=state["step"],
+        model_id=hashlib.sha256(files[_MODEL]).hexdigest(),
+        run=state.get("run", {}),
+    )
+
+
+def config_to_json(config: Any) -> dict[str, Any]:
+    """Turn a config (frozen dataclass, possibly nested) into what JSON can hold; tuples become lists."""
+    return json.loads(store.json_bytes(dataclasses.asdict(config)))
+
+
+def config_from_json(cls: type, fields: Mapping[str, Any]) -> Any:
+    """Rebuild a config of class ``cls``; lists become tuples again, by the fields' types.
+
+    A field that is missing takes its default, so that a config of an older version can be read.
+
+    Raises:
+        ValueError: a field is unknown, or missing without a default, or refused by the config.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(fields, Mapping) or set(fields) - known:
+        names = ", ".join(sorted(set(fields) - known)) if isinstance(fields, Mapping) else repr(fields)
+        raise ValueError(f"{cls.__name__} has no field {names}; it was written by another version or was edited")
+    hints = typing.get_type_hints(cls)
+    try:
+        return cls(**{name: _typed(hints[name], value) for name, value in fields.items()})
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__} cannot be built from what is stored: {error}") from error
+
+
+@functools.cache
+def code_revision() -> dict[str, Any]:
+    """The commit of the code that runs, and whether files differ from it; nulls outside a checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", here, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+            stdin=subprocess.DEVNULL,
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", os.path.basename(__file__))  # not a repository that only contains the venv
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"revision": None, "dirty": None}
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return config_from_json(hint, value)
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        inner = typing.get_args(hint)
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            return tuple(_typed(inner[0], item) for item in value)
+        if len(inner) != len(value):
+            raise ValueError(f"{len(inner)} values are wanted, got {value}")
+        return tuple(_typed(kind, item) for kind, item in zip(inner, value, strict=True))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return _member(typing.get_args(hint), value)
+    return float(value) if hint is float and type(value) is int else value
+
+
+def _member(hints: tuple[Any, ...], value: Any) -> Any:
+    """Build a value of a union: a stored object becomes the one dataclass that has exactly its fields."""
+    if isinstance(value, Mapping):
+        fitting = [
+            hint
+            for hint in hints
+            if dataclasses.is_dataclass(hint) and {field.name for field in dataclasses.fields(hint)} == set(value)
+        ]
+        if len(fitting) != 1:
+            raise ValueError(f"fields {', '.join(value)} fit {len(fitting)} of the known configs")
+        return _typed(fitting[0], value)
+    if isinstance(value, list):
+        return _typed(next((hint for hint in hints if typing.get_origin(hint) is tuple), Any), value)
+    return _typed(float, value) if float in hints and int not in hints else value
+
+
+def _on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Copies, because safetensors refuses tensors that share memory.
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    whole = optimizer.state_dict()
+    tensors = {}
+    for index, fields in whole["state"].items():
+        for name, value in fields.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{type(optimizer).__name__} keeps {name} as {type(value).__name__}, not as a tensor")
+            tensors[f"{index}/{name}"] = value
+    groups = [{**group, "params": len(group["params"])} for group in whole["param_groups"]]
+    return tensors, groups
+
+
+def _load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ValueError(
+            f"the weights of {path} do not fit this config of {type(model).__name__}: {reasons}"
+        ) from error
+
+
+def _read_last(run_dir: str) -> dict[str, Any] | None:
+    path = store.join(run_dir, "last.json")
+    try:
+        last = store.read_json(path)
+    except FileNotFoundError:
+        return None
+    try:
+        for name in ("checkpoint", "best"):
+            folder, _, step = str(last[name]).partition("/")
+            if not (folder == "checkpoints" and _NAME.fullmatch(step)) and (name, last[name]) != ("best", None):
+                raise ValueError(f"{name} is {last[name]!r}")
+        return last
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or was edited ({error!r}); restore it") from error
+
+
+def _checkpoint_folder(path: str, which: Literal["last", "best"]) -> str:
+    if store.exists(store.join(path, "COMPLETE")):
+        return path
+    last = _read_last(path)
+    if last is None:
+        raise ValueError(
+            f"{path} is neither a run folder (no last.json) nor a complete checkpoint (no COMPLETE); "
+            "give the --out of a training run, or one of its checkpoints/step-*"
+        )
+    name = last["checkpoint"] if which == "last" else last["best"]
+    if name is None:
+        raise ValueError(f"{path} has no best checkpoint, because no held-out evaluation has run; use the last one")
+    return store.join(path, name)
+
+
+def _read_files(path: str, names: tuple[str, ...]) -> dict[str, bytes]:
+    remedy = "restore it from a copy, or name an older complete checkpoint in last.json"
+    try:
+        complete = store.read_json(store.join(path, "COMPLETE"))
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {path} is not complete (no COMPLETE); {remedy}") from None
+    files = {}
+    for name in names:
+        file = store.join(path, name)
+        try:
+            entry = complete[name]
+            size, sha256 = entry["bytes"], entry["sha256"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{store.join(path, 'COMPLETE')} does not say what {name} is; {remedy}") from error
+        try:
+            files[name] = store.read_bytes(file)
+        except FileNotFoundError:
+            raise ValueError(f"{file} is missing; {remedy}") from None
+        if len(files[name]) != size or hashlib.sha256(files[name]).hexdigest() != sha256:
+            raise ValueError(f"{file} is damaged: size or SHA-256 differ from COMPLETE; {remedy}")
+    return files
+
+
+def _parse_state(path: str, data: bytes) -> dict[str, Any]:
+    try:
+        state = json.loads(data)
+        if state["schema"] != SCHEMA or not isinstance(state["step"], int):
+            raise ValueError(f"schema {state['schema']}, this version reads {SCHEMA}")
+        return state
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{store.join(path, _STATE)} cannot be read: {error!r}") from error
+
+
+def _parse_tensors(path: str, name: str, data: bytes) -> dict[str, Tensor]:
+    import safetensors
+    import safetensors.torch
+
+    try:
+        return dict(sorted(safetensors.torch.load(data).items()))  # it comes in a random order
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{store.join(path, name)} is not a safetensors file: {error}") from error
+
+
+def _retire(run_dir: str, step: int, keep_last: int, best: str | None) -> None:
+    """Remove checkpoints older than the newest ``keep_last``, except the best, and remains of killed attempts."""
+    folder = store.join(run_dir, "checkpoints")
+    # Later steps are of an attempt that got no further than here; the replay will write them again.
+    older = [name for name in store.list_names(folder) if _NAME.fullmatch(name) and int(name[5:]) <= step]
+    complete = [name for name in older if store.exists(store.join(folder, name, "COMPLETE"))]
+    kept = set(sorted(complete, key=lambda name: int(name[5:]))[-keep_last:])
+    for name in older:
+        if name not in kept and f"checkpoints/{name}" != best:
+            store.remove(store.join(folder, name, "COMPLETE"))  # first, so that no half of it looks whole
+            store.remove_tree(store.join(folder, name))

@@ -1,0 +1,341 @@
+"""The one commit primitive: a file appears under its final name whole, or not at all; on disk and on s3:// alike.
+
+On disk: a hidden temporary name in the same folder, fsync, rename, fsync of the folder. On S3: one put (multipart for
+large files), which stays invisible until it is complete. Nothing here, and nothing above it, edits a file in place.
+
+A DIR is a string everywhere: an absolute local path or ``s3://bucket/prefix``. S3 takes its endpoint, keys and region
+from the standard variables (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...) or the machine's role.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple, cast
+
+_CHUNK = 1 << 20
+
+
+class Published(NamedTuple):
+    """What was written."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hex digest."""
+
+
+def is_url(path: str) -> bool:
+    """Tell an object-storage URL from a local path."""
+    return "://" in path
+
+
+def join(folder: str, *names: str) -> str:
+    """Append names to a folder, local or URL."""
+    return "/".join([folder.rstrip("/"), *names]) if is_url(folder) else os.path.join(folder, *names)
+
+
+def in_submitted_job() -> bool:
+    """Tell whether this process is the entry point of ``ray job submit``, where Ray 2.60 leaves this variable."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def resolve(path: str, flag: str) -> str:
+    """Return the absolute form of a path given on the command line as ``flag``; ``sim:NAME`` passes unchanged.
+
+    Raises:
+        ValueError: the path is empty, of an unknown scheme, or relative inside a submitted Ray job (where it would
+            point into Ray's upload folder, which is thrown away).
+    """
+    if not path:
+        raise ValueError(f"{flag} needs a path: an absolute folder or an s3:// URL")
+    if path.startswith("sim:"):
+        return path
+    if is_url(path):
+        scheme, _, rest = path.partition("://")
+        if scheme != "s3" or not rest.strip("/"):
+            raise ValueError(f"{flag}={path} is not supported; give a local path or s3://bucket/prefix")
+        return path.rstrip("/")
+    path = os.path.expanduser(path)
+    if not os.path.isabs(path) and in_submitted_job():
+        raise ValueError(
+            f"{flag}={path} is relative, and in a submitted Ray job it would land in Ray's upload folder; "
+            "give an absolute path that every node can reach, or an s3:// URL"
+        )
+    return os.path.abspath(path)
+
+
+def filesystem() -> Any:
+    """Return the s3fs file system behind every s3:// path here."""
+    import s3fs
+
+    # Listings must be fresh: other processes publish into the same folders.
+    return s3fs.S3FileSystem(use_listings_cache=False)
+
+
+def exists(path: str) -> bool:
+    """Tell whether a file or a folder is there."""
+    return bool(filesystem().exists(path)) if is_url(path) else os.path.exists(path)
+
+
+def open_read(path: str) -> BinaryIO:
+    """Open a file for reading.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    return cast(BinaryIO, filesystem().open(path, "rb") if is_url(path) else open(path, "rb"))
+
+
+def read_bytes(path: str, expected_sha256: str | None = None) -> bytes:
+    """Read a whole file, and check it against a known SHA-256.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: its bytes are not the expected ones.
+    """
+    if is_url(path):
+        data = cast(bytes, filesystem().cat_file(path))
+    else:
+        with open(path, "rb") as file:
+            data = file.read()
+    if expected_sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != expected_sha256:
+        raise ValueError(f"{path} is damaged: its SHA-256 is {found}, not {expected_sha256} as recorded; restore it")
+    return data
+
+
+def sha256_file(path: str) -> str:
+    """Hash a file without holding it in memory."""
+    digest = hashlib.sha256()
+    with open_read(path) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fetch(url: str, path: str) -> None:
+    """Copy an object to a local file, which appears whole."""
+    with _replacing(path) as temporary:
+        filesystem().get_file(url, temporary)
+
+
+def publish(path: str, data: bytes) -> Published:
+    """Write a file so that readers see all of it or nothing; an earlier file of that name is replaced."""
+    if is_url(path):
+        filesystem().pipe_file(path, data)
+    else:
+        with _replacing(path) as temporary, open(temporary, "wb") as file:
+            file.write(data)
+            _sync(file)
+    return Published(len(data), hashlib.sha256(data).hexdigest())
+
+
+def publish_file(path: str, writer: Callable[[BinaryIO], None]) -> Published:
+    """Like ``publish`` for a file too large for memory: ``writer`` writes it from start to end into what it is given.
+
+    If ``writer`` raises, nothing is left under the final name.
+    """
+    if is_url(path):
+        with tempfile.TemporaryDirectory(prefix="objdyn-") as folder:
+            temporary = os.path.join(folder, "upload")
+            published = _write(temporary, writer)
+            filesystem().put_file(temporary, path)
+        return published
+    with _replacing(path) as temporary:
+        return _write(temporary, writer)
+
+
+def create(path: str, data: bytes) -> bool:
+    """Write a file only if none of that name is there; of several writers exactly one gets True.
+
+    On S3 this is a conditional put (``If-None-Match``), which the store must support.
+    """
+    if is_url(path):
+        return _create_object(path, data)
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            _sync(file)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        _sync_folder(os.path.dirname(path))
+        return True
+    finally:
+        os.unlink(temporary)
+
+
+def read_json(path: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is not JSON.
+    """
+    data = read_bytes(path)
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); it is damaged or was edited: restore it") from error
+
+
+def json_bytes(value: Any) -> bytes:
+    """Encode JSON with sorted keys: the same value gives the same bytes.
+
+    Raises:
+        ValueError: a number is not finite (JSON has none such), or a value has no JSON form.
+    """
+    try:
+        return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+    except TypeError as error:
+        raise ValueError(f"cannot be stored as JSON: {error}") from error
+
+
+def publish_json(path: str, value: Any) -> Published:
+    """Write a value as JSON, atomically; the same value gives the same bytes."""
+    return publish(path, json_bytes(value))
+
+
+def list_names(folder: str) -> list[str]:
+    """List the names in a folder, sorted; empty if there is no such folder.
+
+    For cleaning up and for messages only: what belongs to a dataset or a run is said by its manifest.
+    """
+    try:
+        if is_url(folder):
+            found = cast(list[str], filesystem().ls(folder, detail=False))
+            return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in found})
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def remove(path: str) -> None:
+    """Remove a file if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_url(path):
+            filesystem().rm_file(path)
+        else:
+            os.unlink(path)
+
+
+def remove_tree(path: str) -> None:
+    """Remove a folder and all in it, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_url(path):
+            filesystem().rm(path, recursive=True)
+        else:
+            shutil.rmtree(path)
+
+
+def _create_object(path: str, data: bytes) -> bool:
+    for wait in (0.1, 0.3, 1.0, 3.0, None):
+        try:
+            filesystem().pipe_file(path, data, mode="create")
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+            if code in ("PreconditionFailed", "412"):
+                return False
+            # Two conditional puts met: S3 answers neither and asks to try again.
+            if code != "ConditionalRequestConflict" or wait is None:
+                raise
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+class _Hashing:
+    """A write-only file that hashes what passes; without seek, so that nothing already hashed can change."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self.digest.update(view)
+        self.size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """Leave the file open: its owner syncs and closes it after the writer is done."""
+
+    closed = False
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _write(path: str, writer: Callable[[BinaryIO], None]) -> Published:
+    with open(path, "wb") as file:
+        hashing = _Hashing(file)
+        writer(cast(BinaryIO, hashing))
+        _sync(file)
+    return Published(hashing.size, hashing.digest.hexdigest())
+
+
+def _temporary(path: str) -> str:
+    folder, name = os.path.split(path)
+    _make_folder(folder)
+    return os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[str]:
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(os.path.dirname(path))
+
+
+def _make_folder(folder: str) -> None:
+    if not folder or os.path.isdir(folder):
+        return
+    above = os.path.dirname(folder)
+    _make_folder(above)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder)
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder} is a file, but a folder is needed there; remove it or choose another place")
+    _sync_folder(above)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder or ".", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
