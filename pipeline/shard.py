@@ -1,0 +1,729 @@
+"""Videos to shards: Ray Data as the scheduler, our own writer inside its tasks.
+
+Three passes. *Scan* opens files that hold several videos and lists them; *probe* decodes every video once to count its
+frames, since headers lie; then keys and shards are assigned by position and *build* writes one tar per task. So what a
+shard holds depends on the inputs and settings alone, and the same inputs give the same bytes on any number of workers.
+
+An input that cannot be used becomes a row of ``quarantine.parquet``; the counts must balance.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from objdyn.clips import Clip, to_sample
+from objdyn.datasets import LAYOUTS, Cut, Fault, Found, Video, VideoError
+from objdyn.simulators import SIMULATORS
+from pipeline import store
+from pipeline.config import ShardRun
+
+SCHEMA = 1
+SHARD_BYTES = 48_000_000
+"""Pixels of a shard where ``clips_per_shard`` is not given, in bytes before compression."""
+OWNER = "objdyn"
+"""Owner of every tar member; a fixed one, so that tars do not depend on who wrote them."""
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("key", pa.string()),
+        ("members", pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))),
+        ("source", pa.string()),
+        ("start_frame", pa.int32()),
+        ("stride", pa.int32()),
+        ("frames", pa.int32()),
+        ("fps", pa.float64()),
+    ]
+)
+QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "stage", "code", "message")])
+
+
+class Quarantined(NamedTuple):
+    """An input that could not be used; a row of quarantine.parquet."""
+
+    source: str
+    stage: str
+    """``scan``, ``probe``, ``plan`` or ``build``."""
+    code: str
+    message: str
+
+
+class Survey(NamedTuple):
+    """What a source holds."""
+
+    root: str
+    """Folder or URL that the videos' paths are relative to; empty for a simulator."""
+    videos: tuple[Video, ...]
+    """Every video, in the order that numbers them; one that could not be probed has no frames."""
+    quarantined: tuple[Quarantined, ...]
+    ignored: int
+    """Files that belong to no video."""
+
+
+class Planned(NamedTuple):
+    """A range of one video: the clips of it that go into one shard."""
+
+    video: Video
+    cuts: tuple[Cut, ...]
+
+
+class Plan(NamedTuple):
+    """One shard to write."""
+
+    shard: int
+    parts: tuple[Planned, ...]
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.shard:05d}.tar"
+
+    @property
+    def clips(self) -> int:
+        return sum(len(part.cuts) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What building one shard gave."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rows: list[dict[str, Any]]
+    """Rows of the index."""
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+
+def shard(run: ShardRun) -> str:
+    """Make one split of a dataset; started again on a finished one it mends what is missing or damaged.
+
+    Raises:
+        ValueError: the source holds nothing usable, too much of it is unusable, or ``out`` holds another dataset; what
+            was there before is untouched.
+    """
+    from pipeline import cluster
+
+    source, folder = store.resolve(run.source, "--source"), store.join(store.resolve(run.out, "--out"), run.split)
+    _check_places(source, folder)
+    settings = _settings(run, source)
+    previous = _previous(folder, settings)
+    root, found = find_videos(run, source)
+    cluster.connect(run.workers)
+    cluster.require_shared([path for path in (source, folder) if not path.startswith("sim:")])
+
+    surveyed = survey(run, root, found)
+    plans, too_short = plan_shards(run, surveyed.videos)
+    quarantined = [*surveyed.quarantined, *too_short]
+    _check_share(run, surveyed, quarantined)
+    if not plans:
+        raise ValueError(f"{run.source} gives no clip: {_summary(quarantined) or 'it holds no video'}")
+
+    built = build_shards(run, surveyed.root, folder, plans, previous)
+    quarantined += [row for each in built for row in each.quarantined]
+    warning = _check_share(run, surveyed, quarantined)
+    balance = _balance(surveyed, plans, built, quarantined)
+    manifest = _publish(folder, settings, balance, built, quarantined, previous)
+    for line in _notes(surveyed, quarantined):
+        print(line)
+    if warning:
+        print(f"warning: {warning}")
+    print(describe(balance))
+    return f"dataset {manifest.sha256[:12]} in {folder}"
+
+
+def find_videos(run: ShardRun, source: str) -> tuple[str, Found]:
+    """List what a source holds by names alone: its root, and its videos or the files that hold several.
+
+    Raises:
+        ValueError: nothing of the layout is there.
+    """
+    if source.startswith("sim:"):
+        return "", Found(tuple(_episodes(run, source.removeprefix("sim:"))), 0)
+    root, listing = list_source(source)
+    found = LAYOUTS[run.layout].find(listing)
+    if not found.videos:
+        raise ValueError(
+            f"--source {run.source} has no {LAYOUTS[run.layout].wants} among its {len(listing)} files; correct the "
+            "path or --layout"
+        )
+    return root, found
+
+
+def survey(run: ShardRun, root: str, found: Found) -> Survey:
+    """Open files that hold several videos, and count the frames of every video by decoding."""
+    if run.source.startswith("sim:"):
+        return Survey(root, found.videos, (), 0)
+    videos, ignored, quarantined = found.videos, found.ignored, [_quarantined(fault, "scan") for fault in found.faults]
+    if LAYOUTS[run.layout].scan is not None:
+        scanned = _run_all(functools.partial(_scan, run.layout, root), [_to_json(video) for video in videos], "scan")
+        parts = [json.loads(result) for result in scanned]
+        videos = tuple(_video(video) for part in parts for video in part["videos"])
+        ignored += sum(part["ignored"] for part in parts)
+        quarantined += [_quarantined(Fault(*fault), "scan") for part in parts for fault in part["faults"]]
+    videos = videos[: run.limit]
+    results = _run_all(functools.partial(_probe, run, root), [_to_json(video) for video in videos], "probe")
+    probed = []
+    for video, result in zip(videos, map(json.loads, results), strict=True):
+        if "fault" in result:
+            quarantined.append(_quarantined(Fault(*result["fault"]), "probe"))
+        probed.append(video if "fault" in result else _video(result["video"]))
+    return Survey(root, tuple(probed), tuple(quarantined), ignored)
+
+
+def plan_shards(run: ShardRun, videos: Sequence[Video]) -> tuple[list[Plan], list[Quarantined]]:
+    """Assign keys and shards by position; also name the videos that are too short for a clip."""
+    preprocessing = run.preprocessing()
+    starts = [preprocessing.starts(video.frames) if video.frames else range(0) for video in videos]
+    last = preprocessing.start + preprocessing.span
+    too_short = [
+        Quarantined(
+            video.source,
+            "plan",
+            "too-short",
+            f"{video.frames} frames; {run.frames} with stride {run.stride} from frame {run.start} on need {last}",
+        )
+        for video, first in zip(videos, starts, strict=True)
+        if video.frames and not first
+    ]
+    v = max(5, len(str(len(videos) - 1)))
+    c = max(4, len(str(max(map(len, starts), default=1) - 1)))
+    clips = ((i, Cut(f"v{i:0{v}d}-c{j:0{c}d}", start)) for i, each in enumerate(starts) for j, start in enumerate(each))
+    per_shard, plans = clips_per_shard(run), []
+    while chunk := list(itertools.islice(clips, per_shard)):
+        parts = [
+            Planned(videos[i], tuple(cut for _, cut in group))
+            for i, group in itertools.groupby(chunk, key=lambda entry: entry[0])
+        ]
+        plans.append(Plan(len(plans), tuple(parts)))
+    return plans, too_short
+
+
+def clips_per_shard(run: ShardRun) -> int:
+    """Clips of a full shard."""
+    return run.clips_per_shard or max(1, min(4096, SHARD_BYTES // (run.frames * run.size * run.size * 3)))
+
+
+def build_shards(
+    run: ShardRun, root: str, folder: str, plans: Sequence[Plan], previous: Mapping[str, Any] | None
+) -> list[Built]:
+    """Write all shards; on a finished dataset only those that are not as its manifest says.
+
+    Raises:
+        ValueError: the dataset that is there came from other videos.
+    """
+    kept = {} if previous is None else _intact(folder, previous, plans)
+    missing = [plan for plan in plans if plan.shard not in kept]
+    expected = {} if previous is None else {entry["name"]: entry["sha256"] for entry in previous["shards"]}
+    task = functools.partial(build_shard, run, root, folder)
+    items = [
+        json.dumps({"plan": plan, "sha256": expected.get(plan.name)}, default=dataclasses.asdict) for plan in missing
+    ]
+    results = _run_all(task, items, "build")
+    for plan, result in zip(missing, map(json.loads, results), strict=True):
+        quarantined = [Quarantined(*row) for row in result.pop("quarantined")]
+        kept[plan.shard] = Built(**result, quarantined=quarantined)
+    return [kept[plan.shard] for plan in plans]
+
+
+def build_shard(run: ShardRun, root: str, folder: str, item: str) -> str:
+    """Write one shard from its plan (JSON) and return its ``Built`` (JSON). This is the body of a Ray task.
+
+    A video that fails here decoded when it was probed, so this is rare; it is quarantined and its other clips stay.
+    """
+    from webdataset.writer import TarWriter
+
+    request = json.loads(item)
+    shard, parts = request["plan"]
+    plan = Plan(shard, tuple(Planned(_video(v), tuple(Cut(*cut) for cut in cuts)) for v, cuts in parts))
+    rows: list[dict[str, Any]] = []
+    quarantined: list[Quarantined] = []
+
+    def write(stream: BinaryIO) -> None:
+        offset = 0
+        with TarWriter(stream, user=OWNER, group=OWNER, mtime=0, encoder=False) as tar:
+            for clip in _clips(run, root, plan.parts, quarantined):
+                sample = to_sample(clip, run.codec)
+                tar.write({"__key__": clip.key, **sample})
+                members = []
+                for name in sorted(sample):  # TarWriter's order; each member is a header of 512 bytes and padded data
+                    members.append({"name": name, "offset": offset + 512, "size": len(sample[name])})
+                    offset += 512 + -(-len(sample[name]) // 512) * 512
+                rows.append(_index_row(plan.name, clip, members))
+
+    published = store.publish_file(store.join(folder, plan.name), _unchanged(write, request["sha256"], plan.name))
+    return json.dumps(dataclasses.asdict(Built(plan.name, *published, rows, quarantined)))
+
+
+def describe(balance: Mapping[str, int]) -> str:
+    """Say what went in and what came out in one line."""
+    line = f"videos {balance['videos']} = {balance['read']} read + {balance['quarantined']} quarantined; "
+    line += f"ignored files {balance['ignored']}; clips written {balance['clips']}"
+    return line + (f", lost {balance['lost']} of quarantined videos" if balance["lost"] else "")
+
+
+def list_source(source: str) -> tuple[str, list[str]]:
+    """List all files under a folder or URL, relative to it, sorted; a single file is listed in its folder.
+
+    Raises:
+        ValueError: there is nothing.
+    """
+    if store.is_url(source):
+        import s3fs
+
+        system = s3fs.S3FileSystem(use_listings_cache=False)
+        prefix = source.split("://", 1)[1]
+        if system.isfile(source):
+            return source.rsplit("/", 1)[0], [source.rsplit("/", 1)[1]]
+        listing = sorted(str(path)[len(prefix) + 1 :] for path in system.find(source))
+    elif os.path.isfile(source):
+        return os.path.dirname(source), [os.path.basename(source)]
+    elif not os.path.isdir(source):
+        raise ValueError(f"--source {source} does not exist; give a folder, a file, an s3:// URL or sim:NAME")
+    else:
+        listing = sorted(_walk(source))
+    strange = [path for path in listing if not path.isascii() and path != path.encode(errors="replace").decode()]
+    if strange:
+        raise ValueError(f"the name of {strange[0]!r} under --source is not UTF-8 and cannot be recorded; rename it")
+    if not listing:
+        raise ValueError(f"--source {source} is empty; give a folder with videos")
+    return source, listing
+
+
+def _walk(root: str) -> Iterator[str]:
+    seen: set[str] = set()
+    for folder, names, files in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        # Folders are often links to another disk; a link back up would never end.
+        names[:] = [name for name in names if os.path.realpath(os.path.join(folder, name)) not in seen]
+        for name in files:
+            yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+
+
+def _open(root: str, path: str) -> BinaryIO:
+    return store.open_read(store.join(root, path))
+
+
+def _scan(layout: str, root: str, item: str) -> str:
+    scan = LAYOUTS[layout].scan
+    assert scan is not None
+    found = scan(_video(json.loads(item)), functools.partial(_open, root))
+    return json.dumps(
+        {"videos": found.videos, "ignored": found.ignored, "faults": found.faults}, default=dataclasses.asdict
+    )
+
+
+def _probe(run: ShardRun, root: str, item: str) -> str:
+    video = _video(json.loads(item))
+    try:
+        probed = LAYOUTS[run.layout].probe(video, functools.partial(_open, root))
+        try:
+            run.preprocessing().box(probed.height, probed.width)
+        except ValueError as error:
+            raise VideoError("bad-geometry", str(error)) from error
+    except (ValueError, OSError) as error:
+        return json.dumps({"fault": _fault(video, error)})
+    return json.dumps({"video": dataclasses.asdict(probed)})
+
+
+def _clips(run: ShardRun, root: str, parts: Sequence[Planned], quarantined: list[Quarantined]) -> Iterator[Clip]:
+    """Cut the clips of a shard; only reading is guarded, so that a full disk is not blamed on a video."""
+    if run.source.startswith("sim:"):
+        yield from _simulate(run, parts)
+        return
+    for part in parts:
+        open_file = functools.partial(_open, root)
+        clips = LAYOUTS[run.layout].read(part.video, open_file, part.cuts, run.preprocessing(), run.fps)
+        while True:
+            try:
+                clip = next(clips, None)
+            except (ValueError, OSError) as error:
+                quarantined.append(_quarantined(_fault(part.video, error), "build"))
+                break
+            if clip is None:
+                break
+            yield clip
+
+
+def _fault(video: Video, error: Exception) -> Fault:
+    return Fault(
+        video.source, error.code if isinstance(error, VideoError) else "unreadable", " ".join(str(error).split())
+    )
+
+
+def _quarantined(fault: Fault, stage: str) -> Quarantined:
+    return Quarantined(fault.source, stage, fault.code, fault.message)
+
+
+def _episodes(run: ShardRun, name: str) -> Iterator[Video]:
+    if name not in SIMULATORS:
+        raise ValueError(f"--source sim:{name} is no simulator; there are {', '.join(f'sim:{n}' for n in SIMULATORS)}")
+    simulator = SIMULATORS[name]
+    if run.split not in simulator.episodes_per_split:
+        raise ValueError(f"sim:{name} has the splits {', '.join(simulator.episodes_per_split)}, not {run.split!r}")
+    if run.crop or (run.size, run.size) != (simulator.height, simulator.width):
+        raise ValueError(f"sim:{name} draws frames of {simulator.height}; give --size {simulator.height} and no --crop")
+    for i in range(simulator.episodes_per_split[run.split])[: run.limit]:
+        yield Video(
+            source=f"sim:{name}/{run.split}/{i}",
+            files=(),
+            part=(i, 0),
+            frames=simulator.num_frames,
+            height=simulator.height,
+            width=simulator.width,
+            fps=simulator.fps,
+        )
+
+
+def _simulate(run: ShardRun, parts: Sequence[Planned]) -> Iterator[Clip]:
+    simulator = SIMULATORS[run.source.removeprefix("sim:")]
+    episodes = simulator.episodes(run.split, parts[0].video.part[0], len(parts), run.seed)
+    for part, episode in zip(parts, episodes, strict=True):
+        for cut in part.cuts:
+            clip = episode.clip(cut.start, run.preprocessing().span)
+            yield dataclasses.replace(
+                clip,
+                key=cut.key,
+                frames=clip.frames[:: run.stride],
+                stride=run.stride,
+                truth={name: array[:: run.stride] if array.ndim else array for name, array in clip.truth.items()},
+            )
+
+
+def _run_all(task: Callable[[str], str], items: Sequence[str], label: str) -> list[str]:
+    """Run a task on every item through Ray Data and return the results in order.
+
+    One item per block and at most two retries, since Ray would retry a task whose process dies for ever. What comes
+    back is compared with what went in, because Ray drops such an item without a word.
+
+    Raises:
+        ValueError: a task failed, or its worker process died each time.
+    """
+    results = _run_tasks(task, items, label)
+    lost = [item for i, item in enumerate(items) if i not in results]
+    if lost:
+        raise ValueError(
+            f"{label}: the worker process died three times on {len(lost)} of {len(items)} tasks; a video crashes the "
+            f"decoder or needs too much memory: one of {', '.join(_sources(lost[0])[:10])}; move it out of the source"
+        )
+    return [results[i] for i in range(len(items))]
+
+
+def _run_tasks(task: Callable[[str], str], items: Sequence[str], label: str) -> dict[int, str]:
+    """Run a task on every item; items whose worker died are absent from the result."""
+    if not items:
+        return {}
+    import ray.data
+    from ray.util.annotations import RayDeprecationWarning
+
+    def attempt(row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"id": row["id"], "result": task(row["item"]), "error": ""}
+        except Exception as error:  # Ray would retry nothing and drop the reason; raised again below
+            return {"id": row["id"], "result": "", "error": f"{type(error).__name__}: {error}"}
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is reported by the caller
+    rows = [{"id": i, "item": item} for i, item in enumerate(items)]
+    context = ray.data.DataContext.get_current()
+    before = context.max_errored_blocks, context.enable_progress_bars
+    context.max_errored_blocks, context.enable_progress_bars = -1, False
+    results: dict[int, str] = {}
+    try:
+        blocks = ray.data.from_items(rows, override_num_blocks=len(rows))
+        progress = _Progress(label, len(rows))
+        with warnings.catch_warnings():
+            # Ray 2.60 means to replace this argument by a named one, but has none for retries yet.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            mapped = blocks.map(attempt, num_cpus=1, max_retries=2)
+        for row in mapped.iter_rows():
+            if row["error"]:
+                raise ValueError(f"{label} failed: {row['error']}")
+            results[int(row["id"])] = row["result"]
+            progress.step()
+        progress.close()
+    finally:
+        context.max_errored_blocks, context.enable_progress_bars = before
+    return results
+
+
+class _Progress:
+    """A bar on a terminal; in a log a line every ten seconds."""
+
+    def __init__(self, label: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self._label, self._total, self._done = label, total, 0
+        self._bar = tqdm(total=total, desc=label, disable=None, leave=False)
+        self._log, self._start = not sys.stderr.isatty(), time.monotonic()
+        self._next = self._start + 10
+
+    def step(self) -> None:
+        self._done += 1
+        self._bar.update()
+        now = time.monotonic()
+        if self._log and now >= self._next:
+            rate = self._done / (now - self._start)
+            left = (self._total - self._done) / rate
+            print(f"{self._label} {self._done}/{self._total}, {rate:.1f}/s, {left:.0f} s left", flush=True)
+            self._next = now + 10
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _sources(item: str) -> list[str]:
+    """Name the videos of a task's item."""
+    request = json.loads(item)
+    if "plan" in request:
+        return [video["source"] for video, _ in request["plan"][1]]
+    return [request["source"]]
+
+
+def _to_json(video: Video) -> str:
+    return json.dumps(dataclasses.asdict(video))
+
+
+def _video(fields: dict[str, Any]) -> Video:
+    part, keyframes = tuple(fields["part"]), tuple((int(index), int(pts)) for index, pts in fields["keyframes"])
+    return Video(**{**fields, "files": tuple(fields["files"]), "part": (part[0], part[1]), "keyframes": keyframes})
+
+
+def _index_row(shard: str, clip: Clip, members: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "shard": shard,
+        "key": clip.key,
+        "members": members,
+        "source": clip.source,
+        "start_frame": clip.start_frame,
+        "stride": clip.stride,
+        "frames": len(clip.frames),
+        "fps": clip.fps,
+    }
+
+
+def _unchanged(write: Callable[[BinaryIO], None], sha256: str | None, name: str) -> Callable[[BinaryIO], None]:
+    """Make a writer that refuses to replace a shard by one of other content."""
+    if sha256 is None:
+        return write
+
+    def checked(stream: BinaryIO) -> None:
+        buffer = io.BytesIO()
+        write(buffer)
+        if hashlib.sha256(buffer.getvalue()).hexdigest() != sha256:
+            raise ValueError(f"{name} was made from other videos than the source holds now; choose another --out")
+        stream.write(buffer.getvalue())
+
+    return checked
+
+
+def _check_places(source: str, folder: str) -> None:
+    if folder == source or folder.startswith(source.rstrip("/") + "/"):
+        raise ValueError(f"--out {folder} lies inside --source {source}, where it would be read as input; move it out")
+
+
+def _settings(run: ShardRun, source: str) -> dict[str, Any]:
+    """What of a run decides the bytes of a dataset."""
+    preprocessing = run.preprocessing()
+    name = source.removeprefix("sim:").rsplit("/", 1)[-1]
+    return {
+        "name": name,
+        "split": run.split,
+        "codec": run.codec,
+        "preprocessing": {
+            "layout": "sim" if run.source.startswith("sim:") else run.layout,
+            "frames": run.frames,
+            "stride": run.stride,
+            "hop": preprocessing.hop or run.frames * run.stride,
+            "start": run.start,
+            "crop": preprocessing.crop and list(preprocessing.crop),
+            "fit": run.fit,
+            "filter": run.filter,
+            "size": run.size,
+            "fps": run.fps,
+            "clips_per_shard": clips_per_shard(run),
+            "limit": run.limit,
+            "seed": run.seed,
+        },
+    }
+
+
+def _previous(folder: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the manifest that is there, if any.
+
+    Raises:
+        ValueError: it is of other settings.
+    """
+    path = store.join(folder, "manifest.json")
+    if not store.exists(path):
+        return None
+    manifest = store.read_json(path)
+    there = {**manifest.get("preprocessing", {}), **{name: manifest.get(name) for name in ("name", "split", "codec")}}
+    wanted = {**settings["preprocessing"], **{name: settings[name] for name in ("name", "split", "codec")}}
+    differ = [
+        f"{name} {there.get(name)} there, {wanted[name]} now" for name in wanted if there.get(name) != wanted[name]
+    ]
+    if differ:
+        raise ValueError(
+            f"{folder} already holds another dataset ({'; '.join(differ)}); choose another --out or --split"
+        )
+    return manifest
+
+
+def _intact(folder: str, previous: Mapping[str, Any], plans: Sequence[Plan]) -> dict[int, Built]:
+    """Find the shards of an earlier run that are as its manifest says.
+
+    Raises:
+        ValueError: its index lists other clips than the plans, so the source has changed.
+    """
+    try:
+        index = store.read_bytes(store.join(folder, "index.parquet"), previous["index"]["sha256"])
+    except (FileNotFoundError, ValueError):
+        return {}  # every shard is built again and compared with the manifest
+    rows = pq.read_table(io.BytesIO(index)).to_pylist()
+    listed = {name: list(group) for name, group in itertools.groupby(rows, key=lambda row: row["shard"])}
+    for plan in plans:
+        there = [(row["key"], row["source"], row["start_frame"]) for row in listed.get(plan.name, [])]
+        if there != [(cut.key, part.video.source, cut.start) for part in plan.parts for cut in part.cuts]:
+            raise ValueError(
+                f"{folder} already holds a dataset of other videos than the source holds now ({plan.name} differs); "
+                "choose another --out"
+            )
+    entries = {entry["name"]: entry for entry in previous["shards"]}
+    intact = {}
+    for plan in plans:
+        path, entry = store.join(folder, plan.name), entries[plan.name]
+        if store.exists(path) and store.sha256_file(path) == entry["sha256"]:
+            intact[plan.shard] = Built(plan.name, entry["bytes"], entry["sha256"], listed[plan.name])
+    return intact
+
+
+def _check_share(run: ShardRun, survey: Survey, quarantined: Sequence[Quarantined]) -> str:
+    """Compare the unusable share with the limit; below 100 inputs return a warning, or nothing.
+
+    Raises:
+        ValueError: of 100 inputs or more too many cannot be used.
+    """
+    inputs, unusable = _inputs(survey), len({row.source for row in quarantined})
+    if unusable <= run.max_quarantined * inputs:
+        return ""
+    share = f"{unusable} of {inputs} inputs cannot be used, more than --max-quarantined {run.max_quarantined}"
+    if inputs >= 100:
+        raise ValueError(f"{share}: {_summary(quarantined)}. Mend or remove them, or allow a larger share")
+    return share
+
+
+def _inputs(survey: Survey) -> int:
+    """Videos, and the damaged containers among the quarantined that are no video themselves."""
+    return len({video.source for video in survey.videos} | {row.source for row in survey.quarantined})
+
+
+def _summary(quarantined: Sequence[Quarantined]) -> str:
+    shown = [f"{row.source} ({row.code}: {row.message})" for row in quarantined[:5]]
+    return "; ".join(shown) + (f"; and {len(quarantined) - 5} more" if len(quarantined) > 5 else "")
+
+
+def _notes(survey: Survey, quarantined: Sequence[Quarantined]) -> Iterator[str]:
+    noted = [f"note: {video.source}: {video.note}" for video in survey.videos if video.note]
+    noted += [f"warning: quarantined {row.source} ({row.stage}, {row.code}): {row.message}" for row in quarantined]
+    yield from noted[:20]
+    if len(noted) > 20:
+        yield f"and {len(noted) - 20} more; quarantine.parquet lists all that is quarantined"
+
+
+def _balance(
+    survey: Survey, plans: Sequence[Plan], built: Sequence[Built], quarantined: Sequence[Quarantined]
+) -> dict[str, int]:
+    """Count inputs and outputs independently of each other, and compare.
+
+    Raises:
+        ValueError: they do not add up.
+    """
+    unusable = {row.source for row in quarantined}
+    read = {part.video.source for plan in plans for part in plan.parts} - unusable
+    planned = [cut.key for plan in plans for part in plan.parts for cut in part.cuts]
+    written = {row["key"] for shard in built for row in shard.rows}
+    lost = [
+        cut.key
+        for plan in plans
+        for part in plan.parts
+        for cut in part.cuts
+        if part.video.source in unusable and cut.key not in written
+    ]
+    balance = {
+        "videos": _inputs(survey),
+        "read": len(read),
+        "quarantined": len(unusable),
+        "ignored": survey.ignored,
+        "noted": sum(bool(video.note) for video in survey.videos),
+        "clips": sum(len(shard.rows) for shard in built),
+        "lost": len(lost),
+    }
+    closes = balance["videos"] == balance["read"] + balance["quarantined"]
+    if not closes or len(planned) != balance["clips"] + balance["lost"] or written - set(planned):
+        raise ValueError(f"the counts do not add up, nothing was published: {balance}, clips planned {len(planned)}")
+    return balance
+
+
+def _publish(
+    folder: str,
+    settings: Mapping[str, Any],
+    balance: Mapping[str, int],
+    built: Sequence[Built],
+    quarantined: Sequence[Quarantined],
+    previous: Mapping[str, Any] | None,
+) -> store.Published:
+    shards = [shard for shard in built if shard.rows]
+    if not shards:
+        raise ValueError(f"no clip could be written: {_summary(quarantined)}")
+    index = _parquet(INDEX_SCHEMA, [shard.rows for shard in shards])
+    table = _parquet(QUARANTINE_SCHEMA, [[row._asdict() for row in quarantined]])
+    size = settings["preprocessing"]["size"]
+    manifest = {
+        **settings,
+        "schema": SCHEMA,
+        "kind": "dataset",
+        "frames": settings["preprocessing"]["frames"],
+        "height": size,
+        "width": size,
+        "channels": 3,
+        "clips": balance["clips"],
+        "balance": dict(balance),
+        "index": _entry(index),
+        "quarantine": {"rows": len(quarantined), **_entry(table)},
+        "shards": [
+            {"name": shard.name, "bytes": shard.bytes, "samples": len(shard.rows), "sha256": shard.sha256}
+            for shard in shards
+        ],
+    }
+    if previous is not None and previous != manifest:
+        raise ValueError(
+            f"{folder} already holds a dataset of other content (the source has changed since); choose another --out"
+        )
+    store.publish(store.join(folder, "index.parquet"), index)
+    store.publish(store.join(folder, "quarantine.parquet"), table)
+    return store.publish_json(store.join(folder, "manifest.json"), manifest)
+
+
+def _entry(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _parquet(schema: pa.Schema, groups: Sequence[list[dict[str, Any]]]) -> bytes:
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, schema, compression="zstd", write_page_checksum=True) as writer:
+        for rows in groups:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=max(1, len(rows)))
+    return buffer.getvalue()
