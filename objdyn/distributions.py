@@ -65,5 +65,5 @@ def beta_sample(
     if generator is None:
         sample = torch.distributions.Dirichlet(concentration, validate_args=False).rsample()
     else:
-        sample = torch._sample_dirichlet(concentration.detach(), generator)
+        sample = torch._sample_dirichlet(concentration.detach(), generator)  # pyright: ignore[reportPrivateImportUsage]
     return sample[..., 0].clamp(BETA_EPS, 1 - BETA_EPS)

@@ -6,7 +6,7 @@ covers it.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -75,7 +75,7 @@ def set_step(model: torch.nn.Module, step: int) -> None:
         buffer.fill_(step)
 
 
-def reconstruct(model: VideoModel[Any], video: Float[Tensor, "b t c h w"], **inputs: Tensor) -> Scene:
+def reconstruct(model: VideoModel[Any], video: Float[Tensor, "b t c h w"], **inputs: Any) -> Scene:
     """Encode and decode every frame."""
     return model.decode(model.encode(video, **inputs))
 
@@ -86,7 +86,7 @@ def predict(
     horizon: int,
     *,
     generator: torch.Generator | None = None,
-    **inputs: Tensor,
+    **inputs: Any,
 ) -> Scene:
     """Render the ``horizon`` frames that follow ``context``."""
     latents = model.encode(context, generator=generator, **inputs)
@@ -105,4 +105,6 @@ def config_from_fields(family: str, fields: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(config)}
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"{config.__name__} has no field {', '.join(unknown)}; it was written by another version")
-    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    return config(
+        **{name: tuple(cast(list[Any], value)) if isinstance(value, list) else value for name, value in fields.items()}
+    )

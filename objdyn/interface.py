@@ -45,17 +45,16 @@ Latents = TypeVar("Latents", bound=tuple[Any, ...])
 class VideoModel(Protocol[Latents]):
     """The four verbs. ``video`` is float32 (b, t, c, h, w) in [0, 1].
 
-    ``generator=None`` asks for the reproducible answer (means); with a generator the latents are sampled from it.
-    ``inputs`` are the per-clip tensors that the family names in ``Family.inputs`` (none for most families).
+    ``inputs`` are the per-clip tensors that the family names in ``Family.inputs`` (none for most families), by keyword.
+    ``encode`` and ``rollout`` take ``generator: torch.Generator | None = None``: ``None`` asks for the reproducible
+    answer (means), with a generator the latents are sampled from it.
     """
 
-    def __call__(self, video: Float[Tensor, "b t c h w"], **inputs: Tensor) -> Loss: ...
+    def __call__(self, video: Float[Tensor, "b t c h w"], *args: Any, **inputs: Any) -> Loss: ...
 
-    def forward(self, video: Float[Tensor, "b t c h w"], **inputs: Tensor) -> Loss: ...
+    def forward(self, video: Float[Tensor, "b t c h w"], *args: Any, **inputs: Any) -> Loss: ...
 
-    def encode(
-        self, video: Float[Tensor, "b t c h w"], *, generator: torch.Generator | None = None, **inputs: Tensor
-    ) -> Latents: ...
+    def encode(self, video: Float[Tensor, "b t c h w"], *args: Any, **inputs: Any) -> Latents: ...
 
     def rollout(self, latents: Latents, horizon: int, *, generator: torch.Generator | None = None) -> Latents: ...
 

@@ -1,5 +1,6 @@
 """Convolution blocks of the particle models: replicate padding, no bias, group normalisation."""
 
+import itertools
 from collections.abc import Sequence
 
 from torch import nn
@@ -49,7 +50,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, *sizes: int, final_activation: bool = False) -> None:
         layers: list[nn.Module] = []
-        for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for size_in, size_out in itertools.pairwise(sizes):
             layers += [nn.Linear(size_in, size_out), nn.ReLU()]
         super().__init__(*(layers if final_activation else layers[:-1]))
 
@@ -61,4 +62,3 @@ def init_convolutions(module: nn.Module, std: float = 0.01) -> None:
             nn.init.normal_(layer.weight, 0.0, std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-

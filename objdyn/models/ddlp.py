@@ -145,9 +145,7 @@ class DDLPConfig:
                 f"image_size={self.image_size}"
             )
         if self.burn_in_frames < 1 or self.max_frames < self.burn_in_frames:
-            raise ValueError(
-                f"need 1 <= burn_in_frames <= max_frames, got {self.burn_in_frames} and {self.max_frames}"
-            )
+            raise ValueError(f"need 1 <= burn_in_frames <= max_frames, got {self.burn_in_frames} and {self.max_frames}")
         if self.pint_dim % self.pint_heads != 0:
             raise ValueError(f"pint_dim={self.pint_dim} must be divisible by pint_heads={self.pint_heads}")
         for name in ("kl_weight", "kl_balance", "recon_weight", "warmup_steps", "noisy_steps", "pint_dropout"):
@@ -302,9 +300,7 @@ class DDLP(nn.Module):
         }
         return Loss(total / frames, {name: value.detach() for name, value in terms.items()})
 
-    def encode(
-        self, video: Float[Tensor, "b t c h w"], *, generator: torch.Generator | None = None
-    ) -> DDLPLatents:
+    def encode(self, video: Float[Tensor, "b t c h w"], *, generator: torch.Generator | None = None) -> DDLPLatents:
         """Particles of every frame, tracked from the first; clips may have any length.
 
         Causal: a frame's particles do not depend on later frames.
@@ -316,9 +312,7 @@ class DDLP(nn.Module):
         stage = Stage(warmup=False, noisy=False)
         return self._infer(video, sample=generator is not None, stage=stage, generator=generator).latents
 
-    def rollout(
-        self, latents: DDLPLatents, horizon: int, *, generator: torch.Generator | None = None
-    ) -> DDLPLatents:
+    def rollout(self, latents: DDLPLatents, horizon: int, *, generator: torch.Generator | None = None) -> DDLPLatents:
         """The next ``horizon`` frames, one at a time from the last T (section 4.4).
 
         Raises:
@@ -329,7 +323,7 @@ class DDLP(nn.Module):
         history = latents
         for _ in range(horizon):
             prior = self.pint(history.frames(-self.config.max_frames, None))
-            last = Distribution(*(type(part)(*(field[:, -1:] for field in part)) for part in prior))
+            last = _later(prior, -1)
             new = _draw(last, last.attributes.position, sample=generator is not None, generator=generator)
             history = DDLPLatents(*(torch.cat(pair, dim=1) for pair in zip(history, new, strict=True)))
         return history.frames(-horizon, None)
@@ -362,8 +356,11 @@ class DDLP(nn.Module):
         """q(z_t | x_t, z_<t) for every frame (sections 4.1 and 4.2, appendix D.3)."""
         c = self.config
         b, t = video.shape[:2]
-        burn_in = video[:, : c.burn_in_frames]
-        proposals = self.prior(burn_in.flatten(0, 1)).unflatten(0, (b, burn_in.shape[1]))
+        proposals = self.prior(video[:, 0]).unsqueeze(1)
+        with torch.no_grad():  # only frame 0's proposals become anchors; the others are targets without a gradient
+            later = video[:, 1 : c.burn_in_frames]
+            later = self.prior(later.flatten(0, 1)).unflatten(0, later.shape[:2]) if t > 1 else proposals[:, 1:]
+        proposals = torch.cat([proposals, later], dim=1)
         fixed_scale = video.new_full((b, c.num_particles, 2), c.glimpse_size / c.image_size)
 
         # frame 0: two passes of the same network, first to refine the anchors, then for the attributes
@@ -538,7 +535,7 @@ def match_template(
     and each map is then shifted and scaled to span [0, 1]. Carries no gradient. Source: DDLP, section 4.2.
     """
     with torch.no_grad():
-        b, k, c, s, _ = window.shape
+        b, k, _, s, _ = window.shape
         before, after = s // 2 - 1, s // 2
         padded = F.pad(window.flatten(0, 1), (before, after, before, after), mode="replicate")
         kernel = template.flatten(0, 1).clamp(0, 1)
@@ -561,10 +558,7 @@ def _draw_attributes(
     position = _draw_gaussian(Gaussian(anchor + found.position, found.position_log_var), sample, generator)
     scale = _draw_gaussian(Gaussian(found.scale, found.scale_log_var), sample, generator)
     depth = _draw_gaussian(Gaussian(found.depth, found.depth_log_var), sample, generator)
-    if sample:
-        transparency = beta_sample(found.transparency_a, found.transparency_b, generator)
-    else:
-        transparency = found.transparency
+    transparency = beta_sample(found.transparency_a, found.transparency_b, generator) if sample else found.transparency
     return position, scale, depth, transparency
 
 
@@ -582,7 +576,11 @@ def _draw(
 
 def _later(distribution: Distribution, start: int) -> Distribution:
     """The frames from ``start`` on."""
-    return Distribution(*(type(part)(*(field[:, start:] for field in part)) for part in distribution))
+    return Distribution(
+        Attributes(*(field[:, start:] for field in distribution.attributes)),
+        Gaussian(*(field[:, start:] for field in distribution.features)),
+        Gaussian(*(field[:, start:] for field in distribution.background)),
+    )
 
 
 def _frame_pieces(latents: DDLPLatents) -> list[DDLPLatents]:

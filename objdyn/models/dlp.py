@@ -9,6 +9,7 @@ Module sizes follow the authors' code where the paper's text differs (the MLPs a
 parameter counts of the published settings are checked in the tests.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -219,7 +220,7 @@ class GlimpseDecoder(nn.Module):
         super().__init__()
         doublings = log2_exact(glimpse_size) - 3
         widths = [TRUNK_CHANNELS] + [64] * doublings
-        blocks = [ConvBlock(a, b, upsample=True) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        blocks = [ConvBlock(a, b, upsample=True) for a, b in itertools.pairwise(widths)]
         self.net = nn.Sequential(
             MLP(feature_dim, HIDDEN, HIDDEN, TRUNK_CHANNELS * 8 * 8),
             nn.Unflatten(-1, (TRUNK_CHANNELS, 8, 8)),

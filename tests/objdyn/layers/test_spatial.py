@@ -81,7 +81,8 @@ def test_hat_weights_sum_to_one_inside_and_vanish_outside() -> None:
 
 def test_inside_squares_has_the_side_asked_for() -> None:
     rows, columns = inside_squares(torch.tensor([[[0.0, 0.5]]]), 16, 64, 64)
-    assert rows.sum() == 16 and columns.sum() == 16
+    assert rows.sum() == 16
+    assert columns.sum() == 16
     assert rows[0, 0, 24:40].all()
 
 

@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -6,6 +8,7 @@ from objdyn.models.dlp import (
     BackgroundEncoder,
     GlimpseDecoder,
     PatchPrior,
+    Stitched,
     background_mask,
     log2_exact,
     stitch,
@@ -61,10 +64,20 @@ def test_background_mask_removes_squares() -> None:
     assert (mask == 1).sum() == 64 * 64 - 16 * 16
 
 
-def one_particle(alpha: float, depth: float = 0.0, transparency: float = 1.0, value: float = 1.0) -> tuple:
-    glimpse = torch.cat([torch.full((1, 1, 1, 8, 8), alpha), torch.full((1, 1, 3, 8, 8), value)], dim=2)
-    return (
-        glimpse,
+class Particles(NamedTuple):
+    glimpses: torch.Tensor
+    position: torch.Tensor
+    scale: torch.Tensor
+    depth: torch.Tensor
+    transparency: torch.Tensor
+
+    def over(self, background: torch.Tensor) -> Stitched:
+        return stitch(self.glimpses, self.position, self.scale, self.depth, self.transparency, background)
+
+
+def one_particle(alpha: float, depth: float = 0.0, transparency: float = 1.0, value: float = 1.0) -> Particles:
+    return Particles(
+        torch.cat([torch.full((1, 1, 1, 8, 8), alpha), torch.full((1, 1, 3, 8, 8), value)], dim=2),
         torch.zeros(1, 1, 2),
         torch.full((1, 1, 2), 0.5),
         torch.full((1, 1), depth),
@@ -73,15 +86,15 @@ def one_particle(alpha: float, depth: float = 0.0, transparency: float = 1.0, va
 
 
 def test_stitch_of_an_opaque_particle_covers_the_background() -> None:
-    result = stitch(*one_particle(1.0), torch.full((1, 3, 32, 32), 0.2))
+    result = one_particle(1.0).over(torch.full((1, 3, 32, 32), 0.2))
     assert result.video[0, 0, 16, 16].item() == pytest.approx(1.0, abs=1e-4)
     assert result.video[0, 0, 0, 0].item() == pytest.approx(0.2)
 
 
 def test_stitch_follows_the_equation_for_two_overlapping_particles() -> None:
     first, second = one_particle(0.9, depth=-1.0, value=1.0), one_particle(0.6, 0.5, 0.5, value=0.4)
-    both = [torch.cat(pair, dim=1) for pair in zip(first, second, strict=True)]
-    result = stitch(*both, torch.full((1, 3, 32, 32), 0.2))
+    both = Particles(*(torch.cat(pair, dim=1) for pair in zip(first, second, strict=True)))
+    result = both.over(torch.full((1, 3, 32, 32), 0.2))
     a = torch.tensor([0.9, 0.6 * 0.5])
     importance = a * torch.sigmoid(torch.tensor([1.0, -0.5]))
     share = a * importance / (importance.sum() + 1e-5)
@@ -92,5 +105,5 @@ def test_stitch_follows_the_equation_for_two_overlapping_particles() -> None:
 
 def test_invisible_particles_leave_the_background() -> None:
     background = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    result = stitch(*one_particle(1.0, transparency=0.0), background)
+    result = one_particle(1.0, transparency=0.0).over(background)
     torch.testing.assert_close(result.video, background)

@@ -1,0 +1,459 @@
+"""Pictures of videos, particles, masks and curves, returned as arrays, bytes or text; nothing here writes a file.
+
+``frames`` are uint8 (t, h, w, c) with one or three channels, pictures uint8 (H, W, 3). Positions are (y, x) in [-1, 1]
+with ``align_corners=True``: -1 is the centre of the first pixel, 1 the centre of the last. Object k has the colour
+``colours(n)[k]`` in every picture, so that identity is visible over time.
+"""
+
+import colorsys
+import io
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Colour = tuple[int, int, int]
+Series = Mapping[str, tuple[Sequence[int | float], Sequence[int | float | None]]]
+
+INK: Colour = (31, 41, 51)
+MUTED: Colour = (123, 135, 148)
+PAPER: Colour = (255, 255, 255)
+CONTEXT: Colour = (59, 130, 246)
+PREDICTED: Colour = (22, 163, 74)
+PALETTE: tuple[Colour, ...] = (
+    (255, 127, 14),
+    (44, 160, 44),
+    (227, 26, 28),
+    (148, 103, 189),
+    (23, 190, 207),
+    (240, 228, 66),
+    (247, 104, 161),
+    (31, 120, 230),
+    (166, 216, 84),
+    (177, 89, 40),
+)
+CURVES = ("#2563eb", "#d97706", "#6b7280", "#059669", "#9333ea", "#dc2626", "#0891b2", "#a16207")
+DASHES = ("", "6 3", "2 3", "8 3 2 3", "4 2")
+OVERSAMPLE = 2
+
+
+def colours(count: int) -> np.ndarray:
+    """The fixed colour of each of ``count`` objects, uint8 (count, 3); the first ones do not depend on ``count``."""
+    extra = [
+        tuple(round(255 * v) for v in colorsys.hls_to_rgb((k * 0.618034) % 1, 0.45 + 0.2 * (k % 2), 0.75))
+        for k in range(len(PALETTE), count)
+    ]
+    return np.array([*PALETTE[:count], *extra], dtype=np.uint8).reshape(count, 3)
+
+
+def upscale(frames: np.ndarray, factor: int = 4) -> np.ndarray:
+    """Enlarge frames (..., h, w, c) by a whole factor with nearest neighbour; one channel becomes three."""
+    if factor < 1:
+        raise ValueError(f"factor must be at least 1, got {factor}")
+    if frames.shape[-1] == 1:
+        frames = np.repeat(frames, 3, axis=-1)
+    return np.repeat(np.repeat(frames, factor, axis=-3), factor, axis=-2)
+
+
+def draw_particles(
+    frames: np.ndarray,
+    position: np.ndarray | None = None,
+    *,
+    transparency: np.ndarray | None = None,
+    scale: np.ndarray | None = None,
+    truth: np.ndarray | None = None,
+    present: np.ndarray | None = None,
+    factor: int = 4,
+    threshold: float = 0.1,
+) -> np.ndarray:
+    """Enlarge frames and draw particles as coloured dots with a ring, true positions as white crosses.
+
+    Args:
+        frames: uint8 (t, h, w, c).
+        position: (t, k, 2), (y, x) in [-1, 1]; may leave the frame.
+        transparency: (t, k) in [0, 1], 1 fully visible: the opacity of dot and ring.
+        scale: (t, k, 2), (height, width) of the particle's patch as a share of the frame, in [0, 1]: the ring.
+        truth: (t, n, 2), true positions.
+        present: bool (t, n), which true positions exist.
+        factor: enlargement.
+        threshold: least transparency that is drawn.
+
+    Returns:
+        uint8 (t, h * factor, w * factor, 3).
+    """
+    canvas = upscale(frames, factor)
+    return np.stack(
+        [
+            _annotate(
+                canvas[t],
+                None if position is None else position[t],
+                None if transparency is None else transparency[t],
+                None if scale is None else scale[t],
+                None if truth is None else truth[t],
+                None if present is None else present[t],
+                factor,
+                threshold,
+            )
+            for t in range(len(canvas))
+        ]
+    )
+
+
+def mask_overlay(frames: np.ndarray, masks: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+    """Tint each pixel with the colour of the component that claims it; component 0, the background, stays untinted.
+
+    Args:
+        frames: uint8 (t, h, w, c).
+        masks: (t, k, h, w), non-negative.
+        opacity: of the tint.
+    """
+    picture = upscale(frames, 1).astype(np.float32)
+    owner = masks.argmax(axis=1)
+    tint = np.concatenate([np.zeros((1, 3)), colours(masks.shape[1] - 1)])[owner]
+    weight = opacity * (owner > 0)[..., None]
+    return np.round(picture * (1 - weight) + tint * weight).astype(np.uint8)
+
+
+def component_grid(masks: np.ndarray, components: np.ndarray, *, factor: int = 2, columns: int = 12) -> np.ndarray:
+    """Each component alone above its mask, framed in the object's colour; component 0 is the background.
+
+    Args:
+        masks: (k, h, w) in [0, 1].
+        components: uint8 (k, h, w, c).
+        factor: enlargement.
+        columns: components per line.
+    """
+    frame_colours = [MUTED, *(_rgb(c) for c in colours(len(masks) - 1))]
+    grey = np.round(np.clip(masks, 0, 1) * 255).astype(np.uint8)[..., None]
+    cells = []
+    for k, colour in enumerate(frame_colours):
+        pair = np.concatenate([upscale(components[k], factor), upscale(grey[k], factor)], axis=0)
+        caption = "background" if k == 0 else str(k - 1)
+        cells.append(_captioned(_framed(pair, colour, 2), caption))
+    lines = [_row(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+    return _column(lines)
+
+
+def strip(
+    rows: Mapping[str, np.ndarray], captions: Sequence[str], *, first_predicted: int | None = None, factor: int = 1
+) -> np.ndarray:
+    """Lay videos out as labelled rows of frames, one column per time, for example truth, reconstruction, prediction.
+
+    Args:
+        rows: label -> uint8 (n, h, w, c), all of one size.
+        captions: text above each of the n columns.
+        first_predicted: column at which prediction begins; a line is drawn before it.
+        factor: enlargement.
+    """
+    videos = [upscale(frames, factor) for frames in rows.values()]
+    if not videos or any(v.shape != videos[0].shape for v in videos) or len(captions) != len(videos[0]):
+        shapes = {label: frames.shape for label, frames in rows.items()}
+        raise ValueError(f"a strip needs rows of one shape and a caption per column, got {shapes} and {len(captions)}")
+    count, height, width, _ = videos[0].shape
+    text = min(20, max(12, height // 7))
+    font = _font(text)
+    label_width = max(math.ceil(font.getlength(label)) for label in rows) + 10
+    gap, top = 3, text + 8
+    picture = Image.new("RGB", (label_width + count * (width + gap), top + len(videos) * (height + gap)), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for i, caption in enumerate(captions):
+        left = label_width + i * (width + gap)
+        predicted = first_predicted is not None and i >= first_predicted
+        draw.text((left + width / 2, top / 2), caption, PREDICTED if predicted else MUTED, _font(text - 1), anchor="mm")
+        for j, video in enumerate(videos):
+            picture.paste(Image.fromarray(video[i]), (left, top + j * (height + gap)))
+    for j, label in enumerate(rows):
+        draw.text((0, top + j * (height + gap) + height / 2), label, INK, font, anchor="lm")
+    if first_predicted is not None and 0 < first_predicted < count:
+        x = label_width + first_predicted * (width + gap) - 2
+        draw.line([(x, 4), (x, picture.height)], PREDICTED, 2)
+    return np.asarray(picture)
+
+
+def animation(
+    panels: Mapping[str, np.ndarray],
+    *,
+    fps: float = 10.0,
+    captions: Sequence[str] | None = None,
+    borders: Mapping[str, Sequence[Colour]] | None = None,
+    encoding: Literal["webp", "gif", "png"] = "webp",
+) -> bytes:
+    """Play videos side by side, endlessly.
+
+    Args:
+        panels: label -> uint8 (t, h, w, 3), all of one length and height.
+        fps: frames per second.
+        captions: a line of text below the panels for each frame.
+        borders: label -> colour of that panel's border for each frame.
+        encoding: ``webp`` (small), ``gif`` (understood everywhere, 256 colours) or ``png`` (animated, lossless, large).
+    """
+    lengths = {label: len(frames) for label, frames in panels.items()}
+    if not panels or len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(f"an animation needs panels of one length of at least one frame, got {lengths}")
+    if fps <= 0:
+        raise ValueError(f"fps must be positive, got {fps}")
+    images = []
+    for t in range(next(iter(lengths.values()))):
+        cells = []
+        for label, frames in panels.items():
+            colour = borders[label][t] if borders and label in borders else MUTED
+            cells.append(_captioned(_framed(upscale(frames[t], 1), colour, 3), label))
+        picture = _row(cells)
+        if captions is not None:
+            picture = _column([picture, _text_line(captions[t], picture.shape[1])])
+        images.append(Image.fromarray(picture))
+    buffer = io.BytesIO()
+    settings = {"webp": {"quality": 85, "method": 2}, "gif": {"disposal": 1}, "png": {}}[encoding]
+    duration = max(20, round(1000 / fps))
+    images[0].save(buffer, encoding, save_all=True, append_images=images[1:], duration=duration, loop=0, **settings)
+    return buffer.getvalue()
+
+
+def png(picture: np.ndarray) -> bytes:
+    """Encode a picture, uint8 (H, W, 3), as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def webp(picture: np.ndarray, quality: int = 92) -> bytes:
+    """Encode a picture, uint8 (H, W, 3), as lossy WebP: a tenth of a PNG for camera footage."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "webp", quality=quality, method=4)
+    return buffer.getvalue()
+
+
+def line_plot(
+    series: Series,
+    *,
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+    mark_x: int | float | None = None,
+    styles: Mapping[str, int] | None = None,
+    size: tuple[int, int] = (460, 260),
+) -> str:
+    """Curves as an ``<svg>`` element to put into an HTML page; it takes the page's font and scales with its width.
+
+    Args:
+        series: name -> (x, y). ``None`` and non-finite y leave a gap.
+        x_label: below the axis.
+        y_label: above the axis.
+        log_y: logarithmic axis; values that are not positive leave a gap.
+        mark_x: a dashed vertical line there.
+        styles: name -> number of its colour and dashes, for plots that share names; by order where not given. Number 0
+            is drawn boldly.
+        size: width and height of the drawing in its own units.
+    """
+    width, height = size
+    style = {name: _curve_style((styles or {}).get(name, i)) for i, name in enumerate(series)}
+    legend, legend_height = _legend(style, width)
+    left, right, bottom = 46, width - 18, height - 40 + legend_height
+    top = legend_height + (26 if y_label else 8)
+    height += legend_height
+    points = {name: _finite(x, y, log_y) for name, (x, y) in series.items()}
+    flat = [point for run in points.values() for segment in run for point in segment]
+    if not flat:
+        return f'<p class="empty">No values of {escape(y_label)}.</p>'
+    x_low, x_high = _range([p[0] for p in flat] + ([] if mark_x is None else [mark_x]), padding=0.0)
+    y_low, y_high = _range([p[1] for p in flat], padding=0.06)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low)
+        up = (y - y_low) / (y_high - y_low)
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    parts = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label)}">']
+    parts.append(f'<g font-size="12" fill="#52606d">{legend}')
+    for value in _log_ticks(y_low, y_high) if log_y else _ticks(y_low, y_high, 5):
+        y = place(x_low, value)[1]
+        text = _number(10**value if log_y else value)
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e7eb"/>')
+        parts.append(f'<text x="{left - 7}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    for value in _ticks(x_low, x_high, 6):
+        x = place(value, y_low)[0]
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}" stroke="#9aa5b1"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{_number(value)}</text>')
+    parts.append(f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="#9aa5b1"/>')
+    if mark_x is not None:
+        x = place(float(mark_x), y_low)[0]
+        ends = f'x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"'
+        parts.append(f'<line {ends} stroke="#9aa5b1" stroke-dasharray="3 3"/>')
+    parts.append(f'<text x="4" y="{top - 12}">{escape(y_label)}</text>')
+    parts.append(f'<text x="{right}" y="{height - 6}" text-anchor="end">{escape(x_label)}</text></g>')
+    for name, segments in reversed(points.items()):
+        colour, dash, stroke = style[name]
+        shown = len(segments) > 0 and sum(len(s) for s in segments) <= 120
+        for segment in segments:
+            placed = [place(x, y) for x, y in segment]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+            parts.append(
+                f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{stroke}" '
+                f'stroke-dasharray="{dash}" stroke-linejoin="round"/>'
+            )
+            for (x, y), (px, py) in zip(segment, placed, strict=True) if shown else ():
+                label = f"{name}: {_number(10**y if log_y else y)} at {_number(x)}"
+                radius = 2.4 if dash == "" or len(segment) == 1 else 1.4
+                parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{radius}" fill="{colour}">')
+                parts.append(f"<title>{escape(label)}</title></circle>")
+    parts.append("</svg>")
+    return "".join(parts)
+
+
+def _annotate(
+    canvas: np.ndarray,
+    position: np.ndarray | None,
+    transparency: np.ndarray | None,
+    scale: np.ndarray | None,
+    truth: np.ndarray | None,
+    present: np.ndarray | None,
+    factor: int,
+    threshold: float,
+) -> np.ndarray:
+    height, width = canvas.shape[:2]
+    over = OVERSAMPLE
+    layer = Image.new("RGBA", (width * over, height * over))
+    draw = ImageDraw.Draw(layer)
+    stroke = max(1, round(factor * over * 0.45))
+
+    def centre(point: np.ndarray) -> tuple[float, float]:
+        y = ((point[0] + 1) / 2 * (height / factor - 1) + 0.5) * factor * over
+        x = ((point[1] + 1) / 2 * (width / factor - 1) + 0.5) * factor * over
+        return float(y), float(x)
+
+    def disc(y: float, x: float, radius: float, fill: tuple[int, ...]) -> None:
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
+
+    for n in range(0 if truth is None else len(truth)):
+        assert truth is not None
+        if (present is not None and not present[n]) or not np.isfinite(truth[n]).all():
+            continue
+        y, x = centre(truth[n])
+        arm = max(3.0, factor * 1.8) * over
+        for colour, wide in (((0, 0, 0, 255), stroke + 2 * over), ((255, 255, 255, 255), stroke)):
+            for dy, dx in ((arm, arm), (arm, -arm)):
+                draw.line([x - dx, y - dy, x + dx, y + dy], fill=colour, width=wide)
+    for k, colour in enumerate(colours(0 if position is None else len(position))):
+        assert position is not None
+        opacity = 1.0 if transparency is None else float(np.clip(transparency[k], 0, 1))
+        if opacity < threshold or not np.isfinite(position[k]).all():
+            continue
+        alpha = round(255 * opacity)
+        y, x = centre(position[k])
+        if scale is not None and np.isfinite(scale[k]).all():
+            ry, rx = (float(side) * over / 2 for side in np.clip(scale[k], 0, 2) * (height, width))
+            if min(ry, rx) > stroke:
+                draw.ellipse([x - rx, y - ry, x + rx, y + ry], outline=(*_rgb(colour), alpha), width=stroke)
+        radius = max(2.0, factor * 0.9) * over
+        # A light and a dark rim, so that the dot is seen on any ground.
+        disc(y, x, radius + 1.5 * over, (0, 0, 0, alpha))
+        disc(y, x, radius + 0.75 * over, (255, 255, 255, alpha))
+        disc(y, x, radius, (*_rgb(colour), alpha))
+    layer = layer.resize((width, height), Image.Resampling.BOX)
+    picture = Image.fromarray(canvas).convert("RGBA")
+    return np.asarray(Image.alpha_composite(picture, layer).convert("RGB"))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _rgb(colour: np.ndarray) -> Colour:
+    red, green, blue = (int(v) for v in colour)
+    return red, green, blue
+
+
+def _framed(picture: np.ndarray, colour: Colour, width: int) -> np.ndarray:
+    framed = np.empty((picture.shape[0] + 2 * width, picture.shape[1] + 2 * width, 3), dtype=np.uint8)
+    framed[:] = colour
+    framed[width:-width, width:-width] = picture
+    return framed
+
+
+def _text_line(text: str, width: int, colour: Colour = INK, size: int = 13) -> np.ndarray:
+    line = Image.new("RGB", (width, size + 9), PAPER)
+    ImageDraw.Draw(line).text((1, (size + 9) / 2), text, colour, _font(size), anchor="lm")
+    return np.asarray(line)
+
+
+def _captioned(picture: np.ndarray, caption: str) -> np.ndarray:
+    return np.concatenate([_text_line(caption, picture.shape[1]), picture], axis=0)
+
+
+def _row(pictures: Sequence[np.ndarray], gap: int = 8) -> np.ndarray:
+    space = np.full((pictures[0].shape[0], gap, 3), PAPER, dtype=np.uint8)
+    cells = [cell for picture in pictures for cell in (picture, space)][:-1]
+    return np.concatenate(cells, axis=1)
+
+
+def _column(pictures: Sequence[np.ndarray], gap: int = 4) -> np.ndarray:
+    width = max(picture.shape[1] for picture in pictures)
+    height = sum(picture.shape[0] + gap for picture in pictures) - gap
+    page = np.full((height, width, 3), PAPER, dtype=np.uint8)
+    y = 0
+    for picture in pictures:
+        page[y : y + picture.shape[0], : picture.shape[1]] = picture
+        y += picture.shape[0] + gap
+    return page
+
+
+def _finite(x: Sequence[int | float], y: Sequence[int | float | None], log_y: bool) -> list[list[tuple[float, float]]]:
+    segments: list[list[tuple[float, float]]] = [[]]
+    for across, value in zip(x, y, strict=True):
+        if value is None or not math.isfinite(value) or (log_y and value <= 0):
+            segments.append([])
+        else:
+            segments[-1].append((float(across), math.log10(value) if log_y else float(value)))
+    return [segment for segment in segments if segment]
+
+
+def _range(values: Sequence[int | float], padding: float) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    spread = (high - low) or abs(high) or 1.0
+    if high == low:
+        padding = 0.5
+    return low - padding * spread, high + padding * spread
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    raw = (high - low) / count
+    magnitude = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    whole = [float(i) for i in range(math.ceil(low), math.floor(high) + 1)]
+    if len(whole) >= 2:
+        return whole[:: max(1, len(whole) // 6)]
+    fine = [e + math.log10(m) for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
+    inside = [tick for tick in fine if low <= tick <= high]
+    return inside if len(inside) >= 2 else _ticks(low, high, 4)
+
+
+def _number(value: int | float) -> str:
+    return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.2g}"
+
+
+def _curve_style(index: int) -> tuple[str, str, float]:
+    dash = DASHES[index % len(DASHES)]
+    return CURVES[index % len(CURVES)], dash, 2.4 if index == 0 else 1.6
+
+
+def _legend(style: Mapping[str, tuple[str, str, float]], width: int) -> tuple[str, int]:
+    parts, x, y = [], 4.0, 12
+    for name, (colour, dash, stroke) in style.items():
+        length = 26 + 6.6 * len(name) + 16
+        if x > 4 and x + length > width:
+            x, y = 4.0, y + 18
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x + 20:.1f}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" '
+            f'stroke-width="{stroke}" stroke-dasharray="{dash}"/>'
+            f'<text x="{x + 25:.1f}" y="{y}">{escape(name)}</text>'
+        )
+        x += length
+    return "".join(parts), y + 10

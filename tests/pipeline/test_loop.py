@@ -1,0 +1,226 @@
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from objdyn import families
+from pipeline import checkpoint, loop
+from pipeline.config import TrainRun, with_overrides
+from pipeline.presets import ABOUT, PRESETS
+from pipeline.reader import open_source
+
+DEBUG = with_overrides(
+    PRESETS["ddlp"]["debug"],
+    {"optim.batch_size": 2, "threads": 1, "steps": 6, "checkpoint_every": 2, "log_every": 2, "eval_every": 4},
+)
+
+
+def run_in(folder: Path, **changes: Any) -> TrainRun:
+    return with_overrides(dataclasses.replace(DEBUG, out=str(folder)), changes)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    saved = checkpoint.load_last(str(folder))
+    assert saved is not None
+    return saved.model
+
+
+def sha256_of_last(folder: Path) -> dict[str, Any]:
+    last = json.loads((folder / "last.json").read_text())
+    return json.loads((folder / last["checkpoint"] / "COMPLETE").read_text())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    loop.train(loop.open_run(run_in(folder)))
+    return folder
+
+
+def test_a_run_leaves_config_metrics_events_and_checkpoints(undisturbed: Path) -> None:
+    stored = json.loads((undisturbed / "config.json").read_text())
+    assert stored["family"] == "ddlp"
+    assert stored["run"]["optim"]["batch_size"] == 2
+    lines = loop.read_metrics(str(undisturbed))
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("train", 2), ("train", 4), ("eval", 4), ("train", 6), ("eval", 6),
+    ]  # fmt: skip
+    assert {"loss", "recon", "kl_static", "kl_dynamic", "steps_per_second", "lr"} <= set(lines[0])
+    assert {"loss", "recon_psnr", "predict_psnr", "copy_last_predict_psnr"} <= set(lines[2])
+    events = EventAccumulator(str(undisturbed / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/recon")] == [2, 4, 6]
+    assert checkpoint.last_step(str(undisturbed)) == 6
+    model = checkpoint.load_model(str(undisturbed)).model
+    assert int(model.step) == 6
+
+
+def test_a_resumed_run_is_bit_identical(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    loop.train(loop.open_run(run_in(folder, steps=4)))
+    with (folder / "metrics.jsonl").open("a") as file:  # what a run killed between two checkpoints leaves
+        file.write('{"kind": "train", "step": 5, "loss": 0.0}\n{"kind": "tr')
+    loop.train(loop.open_run(run_in(folder, resume=True)))
+    ours, theirs = sha256_of_last(folder), sha256_of_last(undisturbed)
+    assert ours["model.safetensors"] == theirs["model.safetensors"]
+    assert ours["optimizer.safetensors"] == theirs["optimizer.safetensors"]
+    steps = [line["step"] for line in loop.read_metrics(str(folder)) if line["kind"] == "train"]
+    assert steps == [2, 4, 6]
+
+
+def test_resuming_a_finished_run_changes_nothing(undisturbed: Path) -> None:
+    before = sha256_of_last(undisturbed)
+    assert loop.train(loop.open_run(run_in(undisturbed, resume=True))).endswith("step-00000006")
+    assert sha256_of_last(undisturbed) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "already holds a run; add --resume"),
+        ({"resume": True, "optim.lr": 0.1}, "run.optim.lr was 0.0005 and is 0.1"),
+        ({"resume": True, "model.kl_weight": 2.0}, "run.model.kl_weight was 0.1 and is 2.0"),
+        ({"resume": True, "seed": 5}, "run.seed was 0 and is 5"),
+    ],
+)
+def test_a_run_folder_is_not_mixed_with_another_run(undisturbed: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loop.open_run(run_in(undisturbed, **changes))
+
+
+def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to resume"):
+        loop.open_run(run_in(tmp_path / "none", resume=True))
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match=r"holds thesis.tex"):
+        loop.open_run(run_in(tmp_path))
+
+
+def test_wrong_data_leaves_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="balls-interaction"):
+        loop.open_run(run_in(tmp_path / "run", data="sim:bals"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_out_the_next_free_folder_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first = loop.open_run(dataclasses.replace(DEBUG, out=""))
+    second = loop.open_run(dataclasses.replace(DEBUG, out=""))
+    assert [first.out, second.out] == [str(tmp_path / f"objdyn/runs/ddlp-00{n}") for n in (1, 2)]
+
+
+def test_losses_that_stay_non_finite_stop_the_run_naming_the_clips(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = loop.open_run(run_in(tmp_path / "run", **{"optim.lr": 1e30, "steps": 20, "checkpoint_every": 20}))
+    with pytest.raises(FloatingPointError, match=r"5 steps in a row.*train-\d{6}.*optim.clip_norm"):
+        loop.train(run)
+    assert capsys.readouterr().err.count("skipped") == 5
+    assert checkpoint.last_step(run.out) is None
+
+
+def test_learning_rate_decays_by_steps(tmp_path: Path) -> None:
+    changes = {"optim.decay": 0.5, "optim.decay_steps": 2, "log_every": 1, "eval_every": 0}
+    run = loop.open_run(run_in(tmp_path / "run", **changes))
+    loop.train(run)
+    rates = [line["lr"] for line in loop.read_metrics(run.out)]
+    assert rates == [5e-4, 5e-4, 2.5e-4, 2.5e-4, 1.25e-4, 1.25e-4]
+
+
+def test_evaluation_measures_copy_last_exactly() -> None:
+    source = open_source("sim:balls-interaction", "val")
+    model = families.build(DEBUG.model)
+    run = dataclasses.replace(DEBUG, eval_clips=1)
+    values = loop.evaluate(model, source, run, torch.device("cpu"))
+    frames = torch.from_numpy(source.open_shard(0).clip(0).frames[:15]).double() / 255
+    errors = (frames[5:] - frames[4]).square().mean((1, 2, 3))
+    assert values["copy_last_predict_psnr"] == pytest.approx(float((-10 * errors.log10()).mean()), abs=1e-4)
+
+
+def test_evaluation_on_two_workers_covers_every_clip_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source("sim:balls-interaction", "val")
+    torch.manual_seed(0)
+    model = families.build(DEBUG.model)
+    run = dataclasses.replace(DEBUG, eval_clips=3)
+    alone = loop.evaluate(model, source, run, torch.device("cpu"))
+    tables: list[torch.Tensor] = []
+    monkeypatch.setattr(loop, "_sum_over_workers", lambda values, world: tables.append(values) or values)
+    for rank in range(2):
+        loop.evaluate(model, source, run, torch.device("cpu"), rank, 2)
+    both = tables[0] + tables[1]
+    assert both[-1] == 3
+    assert float(both[1] / both[-1]) == pytest.approx(alone["recon_psnr"])
+
+
+def test_progress_is_one_line_per_interval_in_a_log() -> None:
+    out = io.StringIO()
+    progress = loop.Progress(100, file=out)
+    line = {"kind": "train", "step": 10, "steps": 100, "loss": 1.5, "lr": 0.1, "steps_per_second": 2.0}
+    progress.show(line)
+    progress.show({"kind": "eval", "step": 10, "recon_psnr": 20.25})
+    first, second = out.getvalue().splitlines()
+    assert first.startswith("step 10/100  loss 1.5  2.00 steps/s")
+    assert first.endswith("left")
+    assert second == "held out at step 10: recon_psnr 20.25"
+
+
+def test_progress_is_a_bar_on_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    progress = loop.Progress(100, file=out)
+    progress.show({"kind": "train", "step": 50, "steps": 100, "loss": 1.5, "lr": 0.1, "steps_per_second": 2.0})
+    progress.close()
+    assert "50/100" in out.getvalue()
+    assert "\r" in out.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0m05s"), (75.4, "1m15s"), (3725, "1h02m")])
+def test_duration_reads_well(seconds: float, text: str) -> None:
+    assert loop.duration(seconds) == text
+
+
+def test_the_bare_command_line_trains_and_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "run")
+    settings = ["--set", "optim.batch_size=2", "--set", "threads=1", "--set", "eval_every=0"]
+    assert loop.main(["debug", "--out", out, "--steps", "1", *settings]) == 0
+    assert capsys.readouterr().out.strip().endswith("step-00000001")
+    assert loop.main(["debug", "--out", out, "--steps", "1", *settings]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert loop.main(["debug", "--out", out, "--set", "optim.lrr=1"]) == 1
+    assert "has no field 'lrr'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": 3}, "do not divide optim.batch_size"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"optim.micro_batch_size": 3}, "must divide"),
+        ({"optim.lr": 0.0}, "optim.lr must be positive"),
+        ({"device": "cpu", "precision": "bf16"}, "needs a GPU"),
+        ({"loader.window_shards": 0}, "loader.window_shards"),
+    ],
+)
+def test_impossible_runs_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_overrides(DEBUG, changes)
+
+
+@pytest.mark.parametrize(("family", "name"), [(f, n) for f, runs in PRESETS.items() for n in runs])
+def test_every_preset_builds_and_is_described(family: str, name: str) -> None:
+    run = PRESETS[family][name]
+    with torch.device("meta"):
+        families.build(run.model)
+    assert family == families.family_of(run.model)
+    assert ABOUT[family][name]
+    assert checkpoint.config_from_json(TrainRun, json.loads(json.dumps(checkpoint.config_to_json(run)))) == run
