@@ -1,0 +1,376 @@
+"""Checkpoint and shards in, tables of latents out: Ray Data schedules, one model per worker, one part per shard.
+
+    OUT/settings.json            model, dataset, split, context, horizon: created first, never changed
+    OUT/objects/<shard>.parquet  OUT/frames/<shard>.parquet
+    OUT/parts/<shard>.json       rows and SHA-256 of both; written after them, and with it the part is done
+    OUT/manifest.json            settings and all parts; written when the set is complete
+
+Every file is published atomically under a name that follows from its shard. So whatever is killed, and whenever, the
+next run with the same settings redoes the parts that are not done, under the same names, and no row comes twice.
+"""
+
+import dataclasses
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from objdyn.clips import Clip, collate, to_model_input
+from objdyn.families import FAMILIES, Family
+from objdyn.interface import VideoModel
+from pipeline import cluster, store, tables
+from pipeline.checkpoint import load_model
+from pipeline.config import ExtractRun
+from pipeline.reader import Source, open_source
+from pipeline.tables import Block, Provenance
+
+DEATHS_PER_PART = 2
+PROGRESS_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know; plain values, so that it travels."""
+
+    checkpoint: str
+    data: str
+    out: str
+    limit: int | None
+    batch_size: int
+    device: str
+    provenance: Provenance
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all parts of a folder have in common."""
+        return {
+            "schema": tables.SCHEMA_VERSION,
+            "kind": "tables",
+            "family": self.provenance.family,
+            "model_id": self.provenance.model_id,
+            "dataset_id": self.provenance.dataset_id,
+            "split": self.provenance.split,
+            "object_is_track": self.provenance.object_is_track,
+            "context": self.provenance.context,
+            "horizon": self.provenance.horizon,
+            "limit": self.limit,
+        }
+
+
+@dataclass(frozen=True)
+class Part:
+    """The clips of one shard."""
+
+    name: str
+    shard: int
+    clips: int
+
+
+def extract(run: ExtractRun) -> str:
+    """Write the tables of a run; parts that an earlier run with the same settings finished are kept.
+
+    Returns:
+        A line that says what is where.
+
+    Raises:
+        ValueError: the checkpoint, the data and the settings do not fit together, or not with what is in the folder;
+            or some parts failed (the message has the reasons, the other parts are done).
+    """
+    out = store.resolve(run.out, "--out")
+    job, parts = _plan(run, out)
+    _claim(job)
+    todo = [part for part in parts if not _is_done(job, part)]
+    if todo:
+        store.remove(store.join(out, tables.MANIFEST))  # the folder is not complete until they are done
+        _run(job, todo, planned=sum(part.clips for part in parts), workers=run.workers)
+    return _finish(job, parts)
+
+
+def clip_blocks(
+    model: VideoModel[Any],
+    family: Family,
+    clips: Sequence[Clip],
+    *,
+    context: int | None = None,
+    horizon: int | None = None,
+    device: str | torch.device = "cpu",
+) -> list[Block]:
+    """Encode clips of one length; with ``context`` and ``horizon`` also predict the frames after the context.
+
+    Gives one ``posterior`` block per clip, and one ``predicted`` block of frames ``context .. context + horizon - 1``.
+
+    Raises:
+        ValueError: a clip lacks the truth that the family takes as input.
+    """
+    video = to_model_input(collate(clips), device)
+    inputs: dict[str, Any] = {name: _input(name, clips, device) for name in family.inputs}
+    with torch.no_grad():
+        latents = model.encode(video, **inputs)
+        recon_mse = _frame_mse(model.decode(latents).video, video)
+        blocks = _to_blocks(family, clips, latents, "posterior", 0, {"recon_mse": recon_mse})
+        if context is None or horizon is None:
+            return blocks
+        # Only a causal family's latents of the first frames are free of what comes later.
+        seen = _frames(latents, 0, context) if family.causal else model.encode(video[:, :context], **inputs)
+        future = model.rollout(seen, horizon)
+        truth = video[:, context : context + horizon]
+        errors = {}
+        if truth.shape[1] > 0:
+            known = _frames(future, 0, truth.shape[1])
+            errors = {"predict_mse": _frame_mse(model.decode(known).video, truth)}
+        return blocks + _to_blocks(family, clips, future, "predicted", context, errors)
+
+
+def extract_part(model: VideoModel[Any], family: Family, source: Source, job: Job, part: Part) -> None:
+    """Encode the clips of a part and publish its two tables, then the record that it is done."""
+    store.remove(_record_path(job, part))  # of an earlier attempt of which a table is gone
+    shard = source.open_shard(part.shard)
+    blocks: list[Block] = []
+    for first in range(0, part.clips, job.batch_size):
+        clips = [shard.clip(i, truth=family.inputs) for i in range(first, min(first + job.batch_size, part.clips))]
+        blocks += clip_blocks(
+            model,
+            family,
+            clips,
+            context=job.provenance.context,
+            horizon=job.provenance.horizon,
+            device=job.device,
+        )
+    record: dict[str, Any] = {"name": part.name, "clips": part.clips}
+    finite = {block.clip: True for block in blocks}
+    for block in blocks:
+        finite[block.clip] &= all(bool(np.isfinite(values).all()) for values in block.latents.values())
+    record["clips_not_finite"] = len(finite) - sum(finite.values())
+    columns: dict[tables.Table, tuple[str, ...]] = {"objects": family.object_columns, "frames": family.frame_columns}
+    for table, fields in columns.items():
+        rows = tables.build(table, blocks, fields, job.provenance)
+        record[table] = tables.publish(rows, store.join(job.out, table, f"{part.name}.parquet"))
+    store.publish_json(_record_path(job, part), record)
+
+
+class Extractor:
+    """One worker of Ray Data: holds the model, does one part per call, answers with a status instead of raising.
+
+    Everything is loaded in the first call, because Ray Data tries a constructor that raises again and again.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.loaded: tuple[VideoModel[Any], Family, Source] | None = None
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """Take a batch of one row, the fields of a Part; return one row {name, clips, error}."""
+        part = Part(str(batch["name"][0]), int(batch["shard"][0]), int(batch["clips"][0]))
+        error = ""
+        try:
+            if self.loaded is None:
+                self.loaded = self._load()
+            extract_part(*self.loaded, self.job, part)
+        except Exception as exception:  # any failure concerns this part alone, and the driver reports it
+            error = f"{type(exception).__name__}: {' '.join(str(exception).split())}"
+        return {"name": [part.name], "clips": [part.clips], "error": [error]}
+
+    def _load(self) -> tuple[VideoModel[Any], Family, Source]:
+        if self.job.device == "cpu":
+            torch.set_num_threads(1)
+        loaded = load_model(self.job.checkpoint, device=self.job.device)
+        source = open_source(self.job.data, self.job.provenance.split)
+        for what, planned, found in (
+            ("model", self.job.provenance.model_id, loaded.model_id),
+            ("dataset", self.job.provenance.dataset_id, source.id),
+        ):
+            if planned != found:
+                raise ValueError(
+                    f"the {what} changed from {planned} to {found} while the extraction ran; start it again"
+                )
+        return loaded.model, FAMILIES[loaded.family], source
+
+
+def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
+    checkpoint = store.resolve(run.checkpoint, "--checkpoint")
+    data = store.resolve(run.data, "--data")
+    loaded = load_model(checkpoint)
+    if not store.exists(store.join(checkpoint, "COMPLETE")):
+        # A run folder: it may be training on, so name the checkpoint that all workers are to load.
+        checkpoint = store.join(checkpoint, "checkpoints", f"step-{loaded.step:08d}")
+    source = open_source(data, run.split)
+    family = FAMILIES[loaded.family]
+    if run.context is not None and "rollout" not in family.verbs:
+        raise ValueError(f"a {loaded.family} model cannot predict; leave out --context and --horizon")
+    if run.context is not None and run.context > source.num_frames:
+        raise ValueError(
+            f"--context {run.context} asks for more frames than a clip of {data} has ({source.num_frames}); lower it"
+        )
+    parts, left = [], sum(source.shard_sizes) if run.limit is None else run.limit
+    for shard, (name, size) in enumerate(zip(source.shard_names, source.shard_sizes, strict=True)):
+        clips, left = min(size, left), left - min(size, left)
+        if clips:
+            parts.append(Part(name, shard, clips))
+    if not parts:
+        raise ValueError(f"split {run.split!r} of {data} has no clips; there is nothing to extract")
+    provenance = Provenance(
+        family=loaded.family,
+        model_id=loaded.model_id,
+        dataset_id=source.id,
+        split=run.split,
+        object_is_track=family.tracked,
+        context=run.context,
+        horizon=run.horizon,
+    )
+    return Job(checkpoint, data, out, run.limit, run.batch_size, run.device, provenance), parts
+
+
+def _claim(job: Job) -> None:
+    path = store.join(job.out, "settings.json")
+    if not store.exists(path) and store.exists(store.join(job.out, tables.MANIFEST)):
+        raise ValueError(f"{job.out} holds something else (a {tables.MANIFEST} without {path}); choose another --out")
+    if not store.exists(path) and store.create(path, store.json_bytes(job.settings)):
+        return
+    found = store.read_json(path)
+    for name, value in job.settings.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{job.out} holds tables with {name} {found.get(name)}, but this run has {name} {value}; "
+                "choose another --out, or remove the old folder"
+            )
+
+
+def _record_path(job: Job, part: Part) -> str:
+    return store.join(job.out, "parts", f"{part.name}.json")
+
+
+def _is_done(job: Job, part: Part) -> bool:
+    files = [store.join(job.out, table, f"{part.name}.parquet") for table in ("objects", "frames")]
+    return all(store.exists(path) for path in (_record_path(job, part), *files))
+
+
+def _run(job: Job, todo: list[Part], planned: int, workers: int) -> None:
+    returned: dict[str, str] = {}
+    for answer in _report(_schedule(job, todo, workers), todo, planned):
+        returned[answer["name"]] = answer["error"]
+    missing = sorted({part.name for part in todo} - set(returned))
+    if missing:
+        raise ValueError(f"no answer came back for parts {', '.join(missing)}; run the same command again")
+    failed = [f"{name}: {error}" for name, error in sorted(returned.items()) if error]
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(todo)} parts failed; the others are done, and the same command does only the rest. "
+            + "; ".join(failed[:3])
+        )
+
+
+def _schedule(job: Job, todo: list[Part], workers: int) -> Iterator[dict[str, Any]]:
+    """Spread the parts over the workers and yield their answers as they come."""
+    cluster.connect()
+    cluster.require_shared([path for path in (job.checkpoint, job.data, job.out) if not path.startswith("sim:")])
+    import ray
+    import ray.data
+    from ray.exceptions import RayError
+
+    if job.device == "auto":
+        job = dataclasses.replace(job, device="cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu")
+    options: dict[str, Any] = {"num_gpus": 1} if job.device == "cuda" else {}
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is reported below
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    # from_items has no task of its own: with one, workers that hold all CPUs would wait for it for ever.
+    parts = ray.data.from_items([dataclasses.asdict(part) for part in todo], override_num_blocks=len(todo))
+    with warnings.catch_warnings():
+        # Ray 2.60 has no other place for the two limits, and without them it restarts a worker that dies for ever.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args", category=DeprecationWarning)
+        answers = parts.map_batches(
+            Extractor,
+            fn_constructor_args=(job,),
+            batch_size=1,
+            # One part at a time: a death counts against the part that caused it, not against parts queued behind it.
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(todo)), max_tasks_in_flight_per_actor=1),
+            num_cpus=1,
+            max_restarts=DEATHS_PER_PART,
+            max_task_retries=DEATHS_PER_PART,
+            **options,
+        )
+    try:
+        yield from answers.iter_rows()
+    except RayError as error:
+        raise ValueError(
+            f"the process that extracts died {DEATHS_PER_PART + 1} times on one part (out of memory? then lower "
+            f"--batch-size or --workers); parts that are done are kept, run the same command again. Ray says: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _report(answers: Iterable[dict[str, Any]], todo: list[Part], planned: int) -> Iterator[dict[str, Any]]:
+    """Pass answers on; say how far it is on one line per interval, which a terminal shows in place."""
+    total = sum(part.clips for part in todo)
+    kept = "" if total == planned else f" ({planned - total} clips are done already)"
+    print(f"extract: {total} clips in {len(todo)} parts{kept}", flush=True)
+    begin = shown = time.monotonic()
+    clips, on_terminal = 0, sys.stdout.isatty()
+    for number, answer in enumerate(answers, start=1):
+        clips += int(answer["clips"])
+        now = time.monotonic()
+        if now - shown >= (0.2 if on_terminal else PROGRESS_SECONDS) or number == len(todo):
+            rate, shown = clips / (now - begin), now
+            line = f"extract: {number}/{len(todo)} parts, {clips}/{total} clips, {rate:.1f} clips/s"
+            line += f", {(total - clips) / rate:.0f} s left"
+            print(f"\r\x1b[K{line}" if on_terminal else line, end="" if on_terminal else "\n", flush=True)
+        yield answer
+    if on_terminal:
+        print(flush=True)
+
+
+def _finish(job: Job, parts: list[Part]) -> str:
+    records = [store.read_json(_record_path(job, part)) for part in parts]
+    for part, record in zip(parts, records, strict=True):
+        if (record["name"], record["clips"]) != (part.name, part.clips):
+            path = _record_path(job, part)
+            raise ValueError(f"{path} is of other clips ({record}) than planned ({part}); delete it and run this again")
+    totals = {"clips": sum(part.clips for part in parts)}
+    totals |= {table: sum(record[table]["rows"] for record in records) for table in ("objects", "frames")}
+    manifest = {**job.settings, "rows": totals, "parts": records}
+    store.publish_json(store.join(job.out, tables.MANIFEST), manifest)
+    line = f"{totals['clips']} clips, {totals['objects']} rows of objects, {totals['frames']} rows of frames: {job.out}"
+    if not_finite := sum(record["clips_not_finite"] for record in records):
+        line += f"\nwarning: {not_finite} clips have latents that are not finite (NaN or infinite in the tables)"
+    return line
+
+
+def _input(name: str, clips: Sequence[Clip], device: str | torch.device) -> Tensor:
+    lacking = [clip.key for clip in clips if name not in clip.truth]
+    if lacking:
+        raise ValueError(f"the model needs {name} for each clip, which clip {lacking[0]} does not have")
+    return torch.from_numpy(np.stack([clip.truth[name] for clip in clips])).to(device)
+
+
+def _frame_mse(rendered: Tensor, video: Tensor) -> np.ndarray:
+    return (rendered - video).square().mean(dim=(2, 3, 4)).cpu().numpy()
+
+
+def _frames(latents: Any, start: int, stop: int) -> Any:
+    return type(latents)(*(field[:, start:stop] for field in latents))
+
+
+def _to_blocks(
+    family: Family, clips: Sequence[Clip], latents: Any, kind: str, context: int, errors: dict[str, np.ndarray]
+) -> list[Block]:
+    names = (*family.object_columns, *family.frame_columns)
+    dense = {name: getattr(latents, name).float().cpu().numpy() for name in names}
+    frame = context + np.arange(next(iter(latents)).shape[1])
+    return [
+        Block(
+            clip=clip.key,
+            kind=kind,
+            frame=frame,
+            source_frame=clip.start_frame + clip.stride * frame,
+            latents={name: values[i] for name, values in dense.items()},
+            errors={name: values[i] for name, values in errors.items()},
+            context=context,
+        )
+        for i, clip in enumerate(clips)
+    ]

@@ -1,0 +1,527 @@
+"""Extraction: what the rows hold, one row per key whatever is killed, and what is refused."""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from objdyn.clips import Clip, collate, to_model_input, to_sample
+from objdyn.families import FAMILIES, build
+from pipeline import extract as module
+from pipeline import store, tables
+from pipeline.checkpoint import config_to_json, load_model, save_checkpoint
+from pipeline.config import ExtractRun
+from pipeline.extract import Extractor, clip_blocks, extract
+from pipeline.presets import PRESETS
+
+FRAMES, CONTEXT, HORIZON = 5, 3, 4
+SHARDS = (3, 2, 1)
+"""Clips in each shard of the dataset."""
+
+
+def video(seed: int, t: int = FRAMES) -> np.ndarray:
+    """A bright square that moves over a dark background, uint8 (t, 64, 64, 3)."""
+    rng = np.random.default_rng(seed)
+    frames = np.full((t, 64, 64, 3), 20, np.uint8)
+    y, x, dy, dx = rng.integers([5, 5, -3, -3], [45, 45, 4, 4])
+    for i in range(t):
+        frames[i, y + i * dy : y + i * dy + 12, x + i * dx : x + i * dx + 12] = rng.integers(100, 255, 3)
+    return frames
+
+
+def write_dataset(folder: Path, sizes: tuple[int, ...] = SHARDS) -> str:
+    """A dataset folder as make_shards.py leaves it, of split ``test``."""
+    split = folder / "test"
+    split.mkdir(parents=True)
+    number, index, shards = itertools.count(), [], []
+    for shard, size in enumerate(sizes):
+        name = f"shard-{shard:05d}.tar"
+        rows, places = [], {}
+        with tarfile.open(split / name, "w") as tar:
+            for i in itertools.islice(number, size):
+                clip = Clip(f"clip-{i:03d}", video(i), fps=25.0, start_frame=10 * i, stride=2, source=f"{i}.mp4")
+                for ext, data in to_sample(clip).items():
+                    info = tarfile.TarInfo(f"{clip.key}.{ext}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+                rows.append(clip)
+        with tarfile.open(split / name) as tar:
+            for member in tar:
+                key, _, ext = member.name.partition(".")
+                places.setdefault(key, []).append({"name": ext, "offset": member.offset_data, "size": member.size})
+        index.append(
+            {
+                "shard": [name] * size,
+                "key": [clip.key for clip in rows],
+                "members": [places[clip.key] for clip in rows],
+                "source": [clip.source for clip in rows],
+                "start_frame": [clip.start_frame for clip in rows],
+                "stride": [clip.stride for clip in rows],
+                "frames": [FRAMES] * size,
+                "fps": [clip.fps for clip in rows],
+            }
+        )
+        path = split / name
+        shards.append(
+            {
+                "name": name,
+                "bytes": path.stat().st_size,
+                "samples": size,
+                "sha256": store.sha256_file(str(path)),
+            }
+        )
+    member = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+    types = {"members": pa.list_(member), "start_frame": pa.int32(), "stride": pa.int32(), "frames": pa.int32()}
+    tables_ = [pa.table({name: pa.array(v, types.get(name)) for name, v in rows.items()}) for rows in index]
+    path = split / "index.parquet"
+    with pq.ParquetWriter(path, tables_[0].schema) as writer:
+        for table in tables_:
+            writer.write_table(table)
+    manifest = {
+        "schema": 1,
+        "kind": "dataset",
+        "name": "squares",
+        "split": "test",
+        "frames": FRAMES,
+        "height": 64,
+        "width": 64,
+        "channels": 3,
+        "codec": "zstd",
+        "clips": sum(sizes),
+        "index": {"bytes": path.stat().st_size, "sha256": store.sha256_file(str(path))},
+        "shards": shards,
+    }
+    store.publish_json(str(split / "manifest.json"), manifest)
+    return str(folder)
+
+
+def write_checkpoint(folder: Path, seed: int) -> str:
+    """A run folder with one checkpoint of an untrained DDLP."""
+    run = PRESETS["ddlp"]["debug"]
+    torch.manual_seed(seed)
+    model = build(run.model)
+    optimizer = torch.optim.Adam(model.parameters())
+    state = {"family": "ddlp", "model": config_to_json(run.model), "run": config_to_json(run)}
+    save_checkpoint(str(folder), 0, model=model, optimizer=optimizer, state=state, keep_last=1)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("data") / "squares")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_checkpoint(tmp_path_factory.mktemp("run"), seed=0)
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts one after the other in this process; what Ray adds is tested with Ray below."""
+
+    def schedule(job: module.Job, todo: list[module.Part], workers: int):
+        extractor = Extractor(job)
+        for part in todo:
+            answer = extractor({name: np.array([value]) for name, value in dataclasses.asdict(part).items()})
+            yield {name: values[0] for name, values in answer.items()}
+
+    monkeypatch.setattr(module, "_schedule", schedule)
+
+
+@pytest.fixture
+def make_run(data: str, checkpoint: str, tmp_path: Path) -> Callable[..., ExtractRun]:
+    def run(name: str = "tables", **settings: Any) -> ExtractRun:
+        settings = {"context": CONTEXT, "horizon": HORIZON, "device": "cpu", **settings}
+        return ExtractRun(**{"checkpoint": checkpoint, "data": data, "out": str(tmp_path / name), **settings})
+
+    return run
+
+
+def files(folder: str) -> dict[str, bytes]:
+    """Every file of a folder that is not left over from a killed process."""
+    found = (path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".tmp")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_tables_hold_every_frame_and_the_predicted_ones(make_run: Callable[..., ExtractRun]):
+    run = make_run()
+    line = extract(run)
+    assert line.startswith(f"6 clips, {6 * (FRAMES + HORIZON) * 4} rows of objects, {6 * 9} rows of frames: {run.out}")
+    objects, frames = tables.read_objects(run.out), tables.read_frames(run.out)
+    keys = [tuple(row.values()) for row in objects.select(tables.OBJECT_KEY).to_pylist()]
+    expected = [
+        (f"clip-{clip:03d}", kind, context, "", 0, frame, k)
+        for clip in range(6)
+        for kind, context, span in (
+            ("posterior", 0, range(FRAMES)),
+            ("predicted", CONTEXT, range(CONTEXT, CONTEXT + HORIZON)),
+        )
+        for frame in span
+        for k in range(4)
+    ]
+    assert keys == expected
+    assert frames.num_rows == len(expected) // 4
+    for row in frames.to_pylist():
+        assert row["source_frame"] == 10 * int(row["clip"][-3:]) + 2 * row["frame"]
+        assert (row["recon_mse"] is not None) == (row["kind"] == "posterior")
+        assert (row["predict_mse"] is not None) == (row["kind"] == "predicted" and row["frame"] < FRAMES)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_rows_are_the_latents_and_errors_of_the_model(make_run: Callable[..., ExtractRun], checkpoint: str):
+    run = make_run(limit=1)
+    extract(run)
+    model = load_model(checkpoint).model
+    truth = to_model_input(collate([Clip("clip-000", video(0), 25.0, 0, 2, "0.mp4")]))
+    with torch.no_grad():
+        posterior = model.encode(truth)
+        recon = model.decode(posterior).video
+        predicted = model.rollout(model.encode(truth[:, :CONTEXT]), HORIZON)
+        future = model.decode(predicted).video[:, : FRAMES - CONTEXT]
+    for kind, latents in (("posterior", posterior), ("predicted", predicted)):
+        rows = tables.read_objects(run.out).to_pandas()
+        rows = rows[rows["kind"] == kind]
+        position = torch.tensor(rows[["position_y", "position_x"]].to_numpy()).reshape(-1, 4, 2)
+        torch.testing.assert_close(position, latents.position[0], rtol=1e-5, atol=1e-5)
+        features = torch.tensor(np.stack(rows["features"].tolist())).reshape(-1, 4, 3)
+        torch.testing.assert_close(features, latents.features[0], rtol=1e-5, atol=1e-5)
+    frames = tables.read_frames(run.out).to_pandas()
+    mse = (recon - truth).square().mean(dim=(0, 2, 3, 4)).numpy()
+    np.testing.assert_allclose(frames.query("kind == 'posterior'")["recon_mse"], mse, rtol=1e-4)
+    mse = (future - truth[:, CONTEXT:]).square().mean(dim=(0, 2, 3, 4)).numpy()
+    np.testing.assert_allclose(frames.query("kind == 'predicted'")["predict_mse"][: len(mse)], mse, rtol=1e-4)
+
+
+def test_rows_do_not_depend_on_the_batch(checkpoint: str):
+    model = load_model(checkpoint).model
+    clips = [Clip(f"clip-{i}", video(i), 25.0, 0, 1, f"{i}.mp4") for i in range(4)]
+    settings: dict[str, Any] = {"context": CONTEXT, "horizon": HORIZON}
+    together = clip_blocks(model, FAMILIES["ddlp"], clips, **settings)
+    alone = [block for clip in clips for block in clip_blocks(model, FAMILIES["ddlp"], [clip], **settings)]
+    pairs = zip(*(sorted(blocks, key=lambda block: block.order) for blocks in (together, alone)), strict=True)
+    for one, two in pairs:
+        assert one.order == two.order
+        for name in one.latents:
+            np.testing.assert_allclose(one.latents[name], two.latents[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        for name in one.errors:
+            np.testing.assert_allclose(one.errors[name], two.errors[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_family_that_is_not_causal_encodes_the_context_alone(checkpoint: str):
+    model = load_model(checkpoint).model
+    seen: list[int] = []
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def encode(self, frames: torch.Tensor) -> Any:
+            seen.append(frames.shape[1])
+            return model.encode(frames)
+
+    clip = Clip("clip-0", video(0), 25.0, 0, 1, "0.mp4")
+    for causal, lengths in ((True, [FRAMES]), (False, [FRAMES, CONTEXT])):
+        seen.clear()
+        spy: Any = Spy()
+        clip_blocks(spy, FAMILIES["ddlp"]._replace(causal=causal), [clip], context=CONTEXT, horizon=1)
+        assert seen == lengths
+
+
+def test_truth_that_the_family_needs_must_be_there(checkpoint: str):
+    family = FAMILIES["ddlp"]._replace(inputs=("num_objects",))
+    clip = Clip("clip-0", video(0), 25.0, 0, 1, "0.mp4")
+    with pytest.raises(ValueError, match="needs num_objects for each clip, which clip clip-0 does not have"):
+        clip_blocks(load_model(checkpoint).model, family, [clip])
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_the_manifest_tells_what_was_done(make_run: Callable[..., ExtractRun], checkpoint: str, data: str):
+    run = make_run()
+    extract(run)
+    manifest = tables.read_manifest(run.out)
+    assert manifest["model_id"] == load_model(checkpoint).model_id
+    assert manifest["dataset_id"] == store.sha256_file(f"{data}/test/manifest.json")
+    assert (manifest["family"], manifest["split"], manifest["object_is_track"]) == ("ddlp", "test", True)
+    assert (manifest["context"], manifest["horizon"], manifest["limit"]) == (CONTEXT, HORIZON, None)
+    assert [(part["name"], part["clips"]) for part in manifest["parts"]] == [
+        ("shard-00000", 3),
+        ("shard-00001", 2),
+        ("shard-00002", 1),
+    ]
+    for part, table in itertools.product(manifest["parts"], ("objects", "frames")):
+        path = Path(run.out, table, part["name"] + ".parquet")
+        assert part[table]["sha256"] == store.sha256_file(str(path))
+        assert part[table]["bytes"] == path.stat().st_size
+        assert part[table]["rows"] == pq.read_metadata(path).num_rows
+    found = tables.provenance_of(pq.read_schema(Path(run.out, "frames", "shard-00001.parquet")))
+    assert found == ("frames", module._plan(run, run.out)[0].provenance)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_only_posterior_rows_without_a_context(make_run: Callable[..., ExtractRun]):
+    run = make_run(context=None, horizon=None)
+    extract(run)
+    assert tables.read_objects(run.out)["kind"].unique().to_pylist() == ["posterior"]
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_limit_takes_the_first_clips(make_run: Callable[..., ExtractRun]):
+    run = make_run(limit=4)
+    extract(run)
+    assert tables.read_frames(run.out)["clip"].unique().to_pylist() == [f"clip-{i:03d}" for i in range(4)]
+    assert [part["clips"] for part in tables.read_manifest(run.out)["parts"]] == [3, 1]
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_rerun_does_only_what_is_missing(make_run: Callable[..., ExtractRun], monkeypatch: pytest.MonkeyPatch):
+    run = make_run()
+    extract(run)
+    before = files(run.out)
+    Path(run.out, "frames", "shard-00001.parquet").unlink()
+    done: list[str] = []
+    work = module.extract_part
+    monkeypatch.setattr(module, "extract_part", lambda *args: (done.append(args[-1].name), work(*args)))
+    extract(run)
+    assert done == ["shard-00001"]
+    assert files(run.out) == before
+    extract(run)
+    assert done == ["shard-00001"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_part_counts_as_done_only_with_the_record_of_its_own_attempt(
+    make_run: Callable[..., ExtractRun], monkeypatch: pytest.MonkeyPatch
+):
+    run = make_run(limit=1)
+    extract(run)
+    before = files(run.out)
+    Path(run.out, "frames", "shard-00000.parquet").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "publish_json", lambda *args: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            extract(run)
+    left = {"settings.json", "objects/shard-00000.parquet", "frames/shard-00000.parquet"}
+    assert set(files(run.out)) == left
+    extract(run)
+    assert files(run.out) == before
+
+
+def test_a_folder_of_something_else_is_refused(make_run: Callable[..., ExtractRun], data: str):
+    with pytest.raises(ValueError, match=r"holds something else \(a manifest.json without .*settings.json\)"):
+        extract(make_run(out=f"{data}/test"))
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_killed_before_or_after_any_write_a_rerun_gives_equal_files(
+    make_run: Callable[..., ExtractRun], checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Only the writing is tested here: load the model once, encode each clip once.
+    loaded = load_model(checkpoint)
+    monkeypatch.setattr(module, "load_model", lambda path, device="cpu": loaded)
+    blocks: dict[str, list[tables.Block]] = {}
+    real_blocks = module.clip_blocks
+
+    def remembered(model: Any, family: Any, clips: list[Clip], **settings: Any) -> list[tables.Block]:
+        if clips[0].key not in blocks:
+            blocks[clips[0].key] = real_blocks(model, family, clips, **settings)
+        return blocks[clips[0].key]
+
+    monkeypatch.setattr(module, "clip_blocks", remembered)
+    data = write_dataset(tmp_path / "data", sizes=(2, 1))
+    undisturbed = make_run("undisturbed", data=data)
+    extract(undisturbed)
+    before = files(undisturbed.out)
+    names = ("create", "publish_file", "publish_json")
+    real = {name: getattr(store, name) for name in names}
+    budget = itertools.count()
+
+    def dying(name: str, after: bool) -> Callable[..., Any]:
+        def write(*args: Any) -> Any:
+            if next(budget) != 0:
+                return real[name](*args)
+            if after:
+                real[name](*args)
+            raise Killed
+
+        return write
+
+    writes = 1 + 3 * 2 + 1
+    for at, after in itertools.product(range(writes), (False, True)):
+        run = make_run(f"killed-{at}-{after}", data=data)
+        budget = itertools.count(-at)
+        for name in names:
+            monkeypatch.setattr(store, name, dying(name, after))
+        with pytest.raises(Killed):
+            extract(run)
+        for name in names:
+            monkeypatch.setattr(store, name, real[name])
+        extract(run)
+        assert files(run.out) == before, (at, after)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_another_model_dataset_or_setting_in_the_same_folder_is_refused(
+    make_run: Callable[..., ExtractRun], checkpoint: str, data: str, tmp_path: Path
+):
+    run = make_run(limit=1)
+    extract(run)
+    before = files(run.out)
+    other = write_checkpoint(tmp_path / "other-run", seed=1)
+    ids = load_model(checkpoint).model_id, load_model(other).model_id
+    with pytest.raises(ValueError, match="model_id {}, but this run has model_id {}; choose".format(*ids)):
+        extract(make_run(limit=1, checkpoint=other))
+    other = write_dataset(tmp_path / "other-data", sizes=(1,))
+    ids = (store.sha256_file(f"{folder}/test/manifest.json") for folder in (data, other))
+    with pytest.raises(ValueError, match="dataset_id {}, but this run has dataset_id {};".format(*ids)):
+        extract(make_run(limit=1, data=other))
+    with pytest.raises(ValueError, match="horizon 4, but this run has horizon 2;"):
+        extract(make_run(limit=1, horizon=2))
+    with pytest.raises(ValueError, match="limit 1, but this run has limit None;"):
+        extract(make_run())
+    assert files(run.out) == before
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_part_that_fails_is_named_and_the_others_are_done(
+    make_run: Callable[..., ExtractRun], checkpoint: str, tmp_path: Path
+):
+    folder = write_dataset(tmp_path / "data")
+    shard = Path(folder, "test", "shard-00001.tar")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    run = make_run(data=folder)
+    with pytest.raises(
+        ValueError, match=r"1 of 3 parts failed; the others are done, .* shard-00001: ValueError: .*SHA-256"
+    ):
+        extract(run)
+    assert sorted(os.listdir(Path(run.out, "parts"))) == ["shard-00000.json", "shard-00002.json"]
+    with pytest.raises(ValueError, match="not a finished folder of tables"):
+        tables.read_objects(run.out)
+    shard.write_bytes(whole)
+    extract(run)
+    assert tables.read_objects(run.out)["clip"].unique().to_pylist() == [f"clip-{i:03d}" for i in range(6)]
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_latents_that_are_not_finite_are_kept_and_counted(
+    make_run: Callable[..., ExtractRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def load(*args: Any, **kwargs: Any) -> Any:
+        loaded = load_model(*args, **kwargs)
+        with torch.no_grad():
+            next(p for name, p in loaded.model.named_parameters() if name.startswith("pint")).fill_(float("nan"))
+        return loaded
+
+    monkeypatch.setattr(module, "load_model", load)
+    assert "warning: 2 clips have latents that are not finite" in extract(make_run(limit=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"horizon": None}, "context was given without horizon; give both"),
+        ({"context": None}, "horizon was given without context; give both"),
+        ({"context": 0}, "context must be at least 1, got 0"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"workers": -1}, "workers must be at least 1, got -1"),
+    ],
+)
+def test_impossible_settings_are_refused(make_run: Callable[..., ExtractRun], settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        make_run(**settings)
+
+
+def test_a_context_longer_than_the_clips_is_refused(make_run: Callable[..., ExtractRun]):
+    with pytest.raises(ValueError, match=r"--context 6 asks for more frames than a clip of .* has \(5\)"):
+        extract(make_run(context=6))
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_simulator_is_a_source(make_run: Callable[..., ExtractRun]):
+    run = make_run(data="sim:balls-interaction", limit=1, context=None, horizon=None)
+    extract(run)
+    assert tables.read_frames(run.out)["clip"].unique().to_pylist() == ["test-000000"]
+    assert tables.read_manifest(run.out)["dataset_id"] == "sim:balls-interaction/test"
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_object_storage_gets_the_same_tables(make_run: Callable[..., ExtractRun], s3_folder: str):
+    local, remote = make_run(limit=1), make_run(limit=1, out=f"{s3_folder}/tables")
+    extract(local)
+    extract(remote)
+    assert tables.read_manifest(remote.out) == tables.read_manifest(local.out)
+    assert tables.read_objects(remote.out).equals(tables.read_objects(local.out))
+    with pytest.raises(ValueError, match="horizon 4, but this run has horizon 2"):
+        extract(make_run(limit=1, out=remote.out, horizon=2))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_ray_writes_the_same_tables_and_does_the_deleted_part_again(
+    make_run: Callable[..., ExtractRun], monkeypatch: pytest.MonkeyPatch
+):
+    run = make_run(workers=2)
+    extract(run)
+    before = files(run.out)
+    Path(run.out, "objects", "shard-00001.parquet").unlink()
+    extract(run)
+    assert files(run.out) == before
+
+
+SCRIPT = """
+import json, sys
+from pipeline.config import ExtractRun
+from pipeline.extract import extract
+extract(ExtractRun(**json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.usefixtures("without_ray")  # for the rerun; the extraction that is killed runs with Ray
+def test_sigkill_in_the_middle_then_a_rerun_gives_equal_tables(
+    make_run: Callable[..., ExtractRun], tmp_path: Path, repository: Path
+):
+    folder = write_dataset(tmp_path / "data", sizes=(1,) * 12)
+    run = make_run("killed", data=folder)
+    parts = Path(run.out, "parts")
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as ray_folder:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(run))],
+            cwd=repository,
+            env={**os.environ, "RAY_TMPDIR": ray_folder},
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 60
+        while not (parts.is_dir() and os.listdir(parts)):
+            assert process.poll() is None, "the extraction ended before it was killed"
+            assert time.monotonic() < deadline, "no part was done in a minute"
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not Path(run.out, "manifest.json").exists()
+    extract(run)
+    undisturbed = make_run("undisturbed", data=folder)
+    extract(undisturbed)
+    assert files(run.out) == files(undisturbed.out)
+    keys = tables.read_objects(run.out).select(tables.OBJECT_KEY)
+    assert keys.group_by(list(tables.OBJECT_KEY)).aggregate([]).num_rows == keys.num_rows

@@ -1,0 +1,307 @@
+"""Tables: columns, order, one row per key, bytes, checksums, and readers that have neither torch nor ray."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import store, tables
+from pipeline.tables import Block, Provenance
+
+OBJECT_FIELDS = ("position", "scale", "depth", "features")
+FRAME_FIELDS = ("background",)
+FIELDS: dict[tables.Table, tuple[str, ...]] = {"objects": OBJECT_FIELDS, "frames": FRAME_FIELDS}
+PROVENANCE = Provenance("ddlp", "m" * 64, "d" * 64, "test", object_is_track=True, context=2, horizon=3)
+
+
+def block(clip: str, kind: str = "posterior", first: int = 0, t: int = 4, k: int = 3, **key) -> Block:
+    """Random latents whose values follow from the clip's name and kind."""
+    rng = np.random.default_rng([*f"{clip}{kind}".encode()])
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    return Block(
+        clip=clip,
+        kind=kind,
+        frame=np.arange(first, first + t),
+        source_frame=100 + 2 * np.arange(first, first + t),
+        latents={
+            "position": draw(t, k, 2),
+            "scale": draw(t, k, 2),
+            "depth": draw(t, k),
+            "features": draw(t, k, 4),
+            "background": draw(t, 5),
+        },
+        errors={"recon_mse" if kind == "posterior" else "predict_mse": abs(draw(t - 1))},
+        **key,
+    )
+
+
+@pytest.fixture
+def blocks() -> list[Block]:
+    return [
+        block("clip-b"),
+        block("clip-a", "predicted", first=2, context=2),
+        block("clip-a"),
+        block("clip-b", "predicted", first=2, context=2),
+    ]
+
+
+@pytest.fixture
+def objects(blocks: list[Block]) -> pa.Table:
+    return tables.build("objects", blocks, OBJECT_FIELDS, PROVENANCE)
+
+
+@pytest.fixture
+def frames(blocks: list[Block]) -> pa.Table:
+    return tables.build("frames", blocks, FRAME_FIELDS, PROVENANCE)
+
+
+def to_bytes(rows: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    tables.write(rows, sink)
+    return sink.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, blocks: list[Block]) -> str:
+    """A finished folder of two parts, as the extraction leaves it."""
+    parts = []
+    for name, clip in (("shard-00000", "clip-a"), ("shard-00001", "clip-b")):
+        entry: dict[str, Any] = {"name": name}
+        for table, fields in FIELDS.items():
+            rows = tables.build(table, [b for b in blocks if b.clip == clip], fields, PROVENANCE)
+            (tmp_path / table).mkdir(exist_ok=True)
+            entry[table] = tables.publish(rows, str(tmp_path / table / f"{name}.parquet"))
+        parts.append(entry)
+    store.publish_json(str(tmp_path / "manifest.json"), {"schema": 1, "kind": "tables", "parts": parts})
+    return str(tmp_path)
+
+
+def test_columns_follow_from_names_and_shapes():
+    shapes = {"position": (2,), "scale": (2,), "depth": (), "features": (4,), "velocity": (2,), "covariance": (2, 3)}
+    schema = tables.schema("objects", shapes, PROVENANCE)
+    list4, list2, list6 = (pa.list_(pa.field("element", pa.float32()), n) for n in (4, 2, 6))
+    assert list(zip(schema.names, schema.types, strict=True)) == [
+        ("clip", pa.string()),
+        ("kind", pa.string()),
+        ("context", pa.int32()),
+        ("edit", pa.string()),
+        ("sample", pa.int32()),
+        ("frame", pa.int32()),
+        ("object", pa.int32()),
+        ("source_frame", pa.int32()),
+        ("position_y", pa.float32()),
+        ("position_x", pa.float32()),
+        ("scale_y", pa.float32()),
+        ("scale_x", pa.float32()),
+        ("depth", pa.float32()),
+        ("features", list4),
+        ("velocity", list2),
+        ("covariance", list6),
+    ]
+
+
+def test_frames_have_no_object_and_carry_errors():
+    names = tables.schema("frames", {"background": (5,)}, PROVENANCE).names
+    assert names == [*tables.FRAME_KEY, "source_frame", "background", "recon_mse", "predict_mse"]
+
+
+def test_two_columns_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two columns named object"):
+        tables.schema("objects", {"object": ()}, PROVENANCE)
+
+
+def test_metadata_survives_the_file(objects: pa.Table, tmp_path: Path):
+    path = str(tmp_path / "part.parquet")
+    tables.publish(objects, path)
+    assert tables.provenance_of(pq.read_schema(path)) == ("objects", PROVENANCE)
+    assert tables.read_part(path).equals(objects, check_metadata=True)
+
+
+def test_rows_of_another_software_or_version_are_refused(tmp_path: Path):
+    path = tmp_path / "other.parquet"
+    pq.write_table(pa.table({"clip": ["a"]}), path)
+    with pytest.raises(ValueError, match=r"other\.parquet carries no objdyn metadata"):
+        tables.read_part(str(path))
+    newer = pa.schema([("clip", pa.string())], metadata={"objdyn": json.dumps({"schema": 9})})
+    with pytest.raises(ValueError, match="schema 9, this version reads 1"):
+        tables.provenance_of(newer)
+
+
+def test_rows_are_sorted_by_a_key_that_comes_once(objects: pa.Table, frames: pa.Table):
+    for rows, key, count in ((objects, tables.OBJECT_KEY, 48), (frames, tables.FRAME_KEY, 16)):
+        keys = [tuple(row.values()) for row in rows.select(key).to_pylist()]
+        assert keys == sorted(keys)
+        assert len(set(keys)) == len(keys) == count
+
+
+def test_each_row_holds_the_latents_of_its_key(blocks: list[Block], objects: pa.Table, frames: pa.Table):
+    dense = {(b.clip, b.kind): b for b in blocks}
+    for row in objects.to_pylist():
+        source = dense[row["clip"], row["kind"]]
+        at = row["frame"] - source.frame[0], row["object"]
+        assert [row["position_y"], row["position_x"]] == source.latents["position"][at].tolist()
+        assert [row["scale_y"], row["scale_x"]] == source.latents["scale"][at].tolist()
+        assert row["depth"] == source.latents["depth"][at]
+        assert row["features"] == source.latents["features"][at].tolist()
+        assert row["source_frame"] == 100 + 2 * row["frame"]
+        assert row["context"] == (2 if row["kind"] == "predicted" else 0)
+        assert (row["edit"], row["sample"]) == ("", 0)
+    for row in frames.to_pylist():
+        source = dense[row["clip"], row["kind"]]
+        assert row["background"] == source.latents["background"][row["frame"] - source.frame[0]].tolist()
+
+
+def test_an_error_is_null_where_there_is_no_truth(blocks: list[Block], frames: pa.Table):
+    rows = [row for row in frames.to_pylist() if row["clip"] == "clip-a"]
+    posterior, predicted = rows[:4], rows[4:]
+    assert [row["predict_mse"] for row in posterior] == [None] * 4
+    assert [row["recon_mse"] for row in posterior] == [*blocks[2].errors["recon_mse"].tolist(), None]
+    assert [row["predict_mse"] for row in predicted] == [*blocks[1].errors["predict_mse"].tolist(), None]
+    assert [row["recon_mse"] for row in predicted] == [None] * 4
+
+
+def test_a_repeated_key_is_refused(blocks: list[Block]):
+    with pytest.raises(ValueError, match="clip-b has posterior frame 3 twice"):
+        tables.build("frames", [*blocks, block("clip-b", first=3)], FRAME_FIELDS, PROVENANCE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "guessed"}, "kind must be one of posterior, predicted, interpolated, got 'guessed'"),
+        ({"frame": np.array([0, 1, 1, 2])}, "frame increasing"),
+        ({"source_frame": np.arange(3)}, "source_frame must be"),
+        ({"latents": {"depth": np.zeros((3, 2))}}, r"depth has shape \(3, 2\), wanted 4 frames first"),
+        ({"errors": {"psnr": np.zeros(2)}}, "got 'psnr'"),
+        ({"errors": {"recon_mse": np.zeros(5)}}, "at most 4 frames"),
+    ],
+)
+def test_a_block_that_does_not_fit_is_refused(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(block("clip-a"), **change)
+
+
+def test_latents_that_disagree_are_refused():
+    odd = block("clip-a")
+    odd = dataclasses.replace(odd, latents={**odd.latents, "depth": np.zeros((4, 2), np.float32)})
+    with pytest.raises(ValueError, match=r"disagree on the number of objects: \[\(2,\), \(3,\)\]"):
+        tables.build("objects", [odd], OBJECT_FIELDS, PROVENANCE)
+    wide = block("clip-b")
+    wide = dataclasses.replace(wide, latents={**wide.latents, "background": np.zeros((4, 6), np.float32)})
+    with pytest.raises(ValueError, match="background has different sizes in different clips"):
+        tables.build("frames", [block("clip-a"), wide], FRAME_FIELDS, PROVENANCE)
+
+
+def test_the_same_rows_give_the_same_bytes(blocks: list[Block], objects: pa.Table):
+    again = tables.build("objects", list(reversed(blocks)), OBJECT_FIELDS, PROVENANCE)
+    assert to_bytes(again) == to_bytes(objects)
+
+
+def test_row_groups_hold_whole_clips(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tables, "GROUP_ROWS", 30)
+    many = [block(f"clip-{i:02d}", t=4 if i != 3 else 20) for i in range(7)]  # 12 rows each, clip 3 alone has 60
+    rows = tables.build("objects", many, OBJECT_FIELDS, PROVENANCE)
+    file = pq.ParquetFile(io.BytesIO(to_bytes(rows)))
+    groups = [file.read_row_group(i, ["clip"])["clip"].unique().to_pylist() for i in range(file.num_row_groups)]
+    assert groups == [["clip-00", "clip-01"], ["clip-02"], ["clip-03"], ["clip-04", "clip-05"], ["clip-06"]]
+    assert file.read().equals(rows)
+
+
+def test_the_layout_in_the_file(objects: pa.Table):
+    group = pq.ParquetFile(io.BytesIO(to_bytes(objects))).metadata.row_group(0)
+    columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    assert {column.compression for column in columns.values()} == {"ZSTD"}
+    for name in (*tables.OBJECT_KEY, "source_frame"):
+        assert columns[name].has_dictionary_page, name
+    for name in ("position_y", "depth", "features.list.element"):
+        assert "BYTE_STREAM_SPLIT" in columns[name].encodings, name
+    assert [c.column_index for c in group.sorting_columns] == list(range(7))
+
+
+def test_every_bit_flip_in_a_page_is_detected(objects: pa.Table, tmp_path: Path):
+    data = to_bytes(objects)
+    group = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0)
+    path = tmp_path / "part.parquet"
+    for i in range(group.num_columns):
+        chunk = group.column(i)
+        begin = chunk.dictionary_page_offset or chunk.data_page_offset
+        last = begin + chunk.total_compressed_size - 1  # the chunk's last byte is page data, never a page header
+        damaged = bytearray(data)
+        damaged[last] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"part\.parquet is damaged"):
+            tables.read_part(str(path))
+
+
+def test_every_part_is_checked_against_the_manifest(folder: str, objects: pa.Table, frames: pa.Table):
+    assert tables.read_objects(folder).equals(objects)
+    assert tables.read_frames(folder).equals(frames)
+    assert tables.read_objects(folder, ["clip", "depth"]).equals(objects.select(["clip", "depth"]))
+    part = Path(folder, "objects", "shard-00001.parquet")
+    data = bytearray(part.read_bytes())
+    data[-20] ^= 1  # inside the footer, which page checksums do not cover
+    part.write_bytes(data)
+    with pytest.raises(ValueError, match=r"shard-00001\.parquet"):
+        tables.read_objects(folder)
+
+
+def test_a_folder_without_manifest_is_refused(folder: str):
+    Path(folder, "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"not a finished folder of tables; run jobs/extract\.py again"):
+        tables.read_objects(folder)
+
+
+BLOCK_TORCH_AND_RAY = """
+import sys
+sys.modules["torch"] = sys.modules["ray"] = None  # from here on importing them fails as if they were not installed
+"""
+
+READERS = {
+    "pandas": """
+import pandas
+rows = pandas.read_parquet(folder + "/objects")
+rows["features"] = [list(map(float, row)) for row in rows["features"]]
+rows = rows.to_dict("list")
+""",
+    "polars": """
+import polars
+rows = polars.scan_parquet(folder + "/objects/*.parquet").collect().to_dict(as_series=False)
+""",
+    "duckdb": """
+import duckdb
+cursor = duckdb.sql(f"select * from read_parquet('{folder}/objects/*.parquet')")
+rows = {name: list(values) for name, values in zip(cursor.columns, zip(*cursor.fetchall()))}
+rows["features"] = [list(row) for row in rows["features"]]
+""",
+    "pyarrow": """
+from pipeline import tables
+rows = tables.read_objects(folder).to_pydict()
+""",
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_tables_open_where_torch_and_ray_cannot_be_imported(reader: str, folder: str, repository: Path):
+    script = f"{BLOCK_TORCH_AND_RAY}\nimport json\nfolder = {folder!r}\n{READERS[reader]}\nprint(json.dumps(rows))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=repository, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == tables.read_objects(folder).to_pydict()
+
+
+def test_the_blocker_blocks():
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK_TORCH_AND_RAY + "import torch"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: import of torch halted" in done.stderr
