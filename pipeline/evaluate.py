@@ -1,0 +1,474 @@
+"""Measure a checkpoint on one split: reconstruction and prediction, always beside what a trivial predictor scores.
+
+Clips stream through in the manifest's order. A clip is encoded and decoded whole (reconstruction), and from its first
+``context`` frames the next ``horizon`` are predicted. Metrics are computed per frame and averaged over every frame of
+every clip, those of the baselines on the same frames. A metric that cannot be had is ``null``, with its reason under
+``reasons``.
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from objdyn.clips import Clip, collate, to_frames, to_model_input
+from objdyn.families import FAMILIES, Family
+from objdyn.metrics import position
+from objdyn.metrics.image import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
+from pipeline import store
+from pipeline.checkpoint import Loaded, load_model
+from pipeline.cli import command
+from pipeline.config import EvaluateRun
+from pipeline.reader import Source, has_split, iter_clips, open_source
+from pipeline.report import Particles, ReportClip, read_history, write_report
+
+SCHEMA = 1
+FRAME_METRICS = {"mse": frame_mse, "psnr": frame_psnr, "ssim": frame_ssim}
+MED_STEPS = 10
+CONVENTIONS: tuple[tuple[position.Convention, str], ...] = (("published", ""), ("corrected", "_corrected"))
+"""How MED is computed, and what that adds to its key."""
+BASE_SIDE = 64
+"""Radii in pixels are meant for frames of this height; other frames scale them."""
+BACKGROUND_SHARDS, BACKGROUND_CLIPS, BACKGROUND_FRAMES = 8, 64, 16
+"""At most so many shards, clips and frames per clip are read for the constant background."""
+BACKGROUND_BYTES = 256 << 20
+BOOTSTRAP_DRAWS, BOOTSTRAP_SEED = 1000, 0
+REPORT_EVERY = 10.0
+
+Scores = dict[str, np.ndarray]
+"""Name of a metric -> (clips, frames)."""
+
+
+class Tracks(NamedTuple):
+    """What MED and coverage compare; of one clip without the axis n, or of all clips that have true positions."""
+
+    encoded: np.ndarray
+    """Positions of the encoded particles, (n, t, k, 2)."""
+    encoded_presence: np.ndarray
+    predicted: np.ndarray | None
+    """The same for the predicted frames."""
+    predicted_presence: np.ndarray | None
+    true: np.ndarray
+    """True positions, (n, t, m, 2)."""
+    present: np.ndarray
+
+
+def evaluate(run: EvaluateRun) -> dict[str, Any]:
+    """Evaluate a checkpoint, publish ``metrics.json`` and ``report.html`` in ``run.out``, return the metrics.
+
+    Raises:
+        ValueError: checkpoint, data and settings do not fit together; the message says what to do.
+    """
+    run_out = store.resolve(run.out, "--out")
+    checkpoint, data = store.resolve(run.checkpoint, "--checkpoint"), store.resolve(run.data, "--data")
+    device = _device(run.device)
+    source = open_source(data, run.split)
+    loaded = load_model(checkpoint, device=device, which=run.which)
+    family = FAMILIES[loaded.family]
+    reasons: dict[str, str] = {}
+    horizon = _horizon(run, source, family, loaded.family, reasons)
+    background = _background(data, source, reasons)
+    if min(source.height, source.width) < SSIM_WINDOW:
+        size = f"{source.height}x{source.width}"
+        reasons["ssim"] = f"SSIM needs frames of at least {SSIM_WINDOW} pixels a side, these are {size}"
+
+    scores, tracks, drawn = _measure(run, source, loaded, family, horizon, background, "ssim" not in reasons)
+    lengths = {len(values) for values in scores.values()}
+    metrics: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "metrics",
+        "model": loaded.model_id,
+        "family": loaded.family,
+        "step": loaded.step,
+        "dataset": source.id,
+        "split": run.split,
+        "clips": lengths.pop(),
+        "context": run.context,
+        "horizon": horizon,
+        "command": command("jobs/evaluate.py", run),
+        "std": {},
+        "interval95": {},
+        "curves": {},
+    }
+    summarise_frames(metrics, scores, reasons)
+    summarise_positions(metrics, tracks, run, source, horizon, reasons)
+    metrics["reasons"] = {name: reasons[name] for name in sorted(reasons) if name in metrics}
+    folder = _run_folder(checkpoint)
+    history, notes = read_history(folder)
+    write_report(
+        store.join(run_out, "report.html"),
+        title=f"{loaded.family} on {run.data}",
+        metrics=metrics,
+        history=history,
+        clips=drawn,
+        settings=loaded.run,
+        notes=notes,
+    )
+    store.publish_json(store.join(run_out, "metrics.json"), metrics)
+    return metrics
+
+
+def summarise_frames(metrics: dict[str, Any], scores: Mapping[str, np.ndarray], reasons: dict[str, str]) -> None:
+    """Add mean, standard deviation over frames, 95 % interval over clips and per-frame curve of every frame metric."""
+    names = ("recon", "predict", "copy_last_predict", "constant_background_recon", "constant_background_predict")
+    for name, metric in itertools.product(names, FRAME_METRICS):
+        key = f"{name}_{metric}"
+        if key not in scores:
+            blockers = ["background"] * name.startswith("constant") + ["predict"] * name.endswith("predict") + [metric]
+            metrics[key] = None
+            reasons[key] = next(reasons[blocker] for blocker in blockers if blocker in reasons)
+            continue
+        values = scores[key]
+        metrics[key] = _finite(values.mean())
+        if metrics[key] is None:
+            reasons[key] = "the frames hold values that are not finite"
+            continue
+        metrics["std"][key] = float(values.std())
+        _add_interval(metrics, key, _resample(values.mean(axis=1, keepdims=True))[:, 0])
+        metrics["curves"][key] = [float(value) for value in values.mean(axis=0)]
+    metrics["per_clip"] = {key: [_finite(v) for v in values.mean(axis=1)] for key, values in sorted(scores.items())}
+
+
+def summarise_positions(
+    metrics: dict[str, Any],
+    tracks: Tracks | str,
+    run: EvaluateRun,
+    source: Source,
+    horizon: int,
+    reasons: dict[str, str],
+) -> None:
+    """Add MED10 with its twins and baselines, and coverage; ``tracks`` is the reason where there are none."""
+    size = (source.height, source.width)
+    pixel = min(size) / BASE_SIDE
+    for radius in (3, 2):
+        key = f"coverage_{radius}px"
+        if isinstance(tracks, str):
+            metrics[key], reasons[key] = None, tracks
+            continue
+        share = position.coverage(
+            tracks.encoded, tracks.encoded_presence, tracks.true, tracks.present, radius * pixel, frame_size=size
+        )
+        metrics[key] = _finite(share)
+        if metrics[key] is None:
+            reasons[key] = "no object is present in any frame"
+    predictions = _position_predictions(tracks, run, size, horizon, reasons)
+    for name in ("", "copy_last_", "constant_velocity_", "constant_velocity_walls_"):
+        found = predictions[name]
+        for convention, suffix in CONVENTIONS:
+            key = f"{name}med10{suffix}"
+            if isinstance(found, str):
+                metrics[key], reasons[key] = None, found
+                continue
+            assert not isinstance(tracks, str)
+            window = slice(run.context, run.context + horizon)
+            result = position.med(
+                *found, tracks.true[:, window], tracks.present[:, window], frame_size=size, convention=convention
+            )
+            _add_med(metrics, key, result, reasons)
+            if not suffix:
+                metrics["curves"][f"{name}position_error"] = [_finite(v) for v in result.per_step]
+            if key == "med10":
+                pairs, lost = int(result.pairs[:MED_STEPS].sum()), int(result.lost[:MED_STEPS].sum())
+                metrics["med10_lost_share"] = lost / (pairs + lost) if pairs + lost else None
+    metrics.setdefault("med10_lost_share", None)
+    if metrics["med10_lost_share"] is None:
+        reasons["med10_lost_share"] = reasons.get("med10", "no object is present in the first predicted frame")
+
+
+def median_frame(source: Source) -> np.ndarray:
+    """The per-pixel median, float32 (h, w, c) in [0, 255], over frames spread evenly over a split.
+
+    At most ``BACKGROUND_CLIPS`` clips of ``BACKGROUND_SHARDS`` shards are read, and ``BACKGROUND_FRAMES`` frames of
+    each are used, fewer where they would take more than ``BACKGROUND_BYTES``; always the same ones.
+    """
+    filled = [number for number, size in enumerate(source.shard_sizes) if size]
+    if not filled:
+        raise ValueError(f"split {source.split!r} of dataset {source.id} has no clips to take a background from")
+    room = max(1, BACKGROUND_BYTES // (source.height * source.width * 3))
+    num_clips = min(BACKGROUND_CLIPS, room)
+    shards = [filled[i] for i in _even(len(filled), min(BACKGROUND_SHARDS, num_clips))]
+    frames = []
+    for number in shards:
+        shard = source.open_shard(number)
+        for i in _even(len(shard), num_clips // len(shards)):
+            clip = shard.clip(i, truth=())
+            frames.append(clip.frames[_even(len(clip.frames), min(BACKGROUND_FRAMES, room // num_clips))])
+    pixels = np.concatenate(frames)
+    # Row by row, since the median works on a copy.
+    return np.stack([np.median(pixels[:, row], axis=0) for row in range(pixels.shape[1])]).astype(np.float32)
+
+
+def _measure(
+    run: EvaluateRun,
+    source: Source,
+    loaded: Loaded,
+    family: Family,
+    horizon: int,
+    background: np.ndarray | None,
+    ssim: bool,
+) -> tuple[Scores, Tracks | str, list[ReportClip]]:
+    device = next(loaded.model.parameters()).device
+    loaded.model.eval()
+    wanted = [name for name in FRAME_METRICS if ssim or name != "ssim"]
+    flat = None if background is None else torch.from_numpy(background / 255).permute(2, 0, 1).to(device)
+    parts: dict[str, list[np.ndarray]] = {}
+    tracked: list[Tracks] = []
+    drawn: list[ReportClip] = []
+    total = min(sum(source.shard_sizes), run.limit or sys.maxsize)
+    done, started, told = 0, time.monotonic(), time.monotonic()
+    stream = iter_clips(source, run.limit, truth=("positions", "present", *family.inputs))
+    for clips in _batches(stream, run.batch_size):
+        video = to_model_input(collate(clips), device)
+        future = video[:, run.context : run.context + horizon]
+        inputs = {name: _input(name, clips, device) for name in family.inputs}
+        with torch.no_grad():
+            latents = loaded.model.encode(video, **inputs)
+            recon = loaded.model.decode(latents).video
+            pairs = {"recon": (recon, video)}
+            if flat is not None:
+                pairs["constant_background_recon"] = (flat.expand_as(video), video)
+            predicted, scene = None, None
+            if horizon:
+                context = video[:, : run.context]
+                predicted = loaded.model.rollout(loaded.model.encode(context, **inputs), horizon)
+                scene = loaded.model.decode(predicted).video
+                pairs["predict"] = (scene, future)
+                pairs["copy_last_predict"] = (context[:, -1:].expand_as(future), future)
+            for name, pair in pairs.items():
+                for metric in wanted:
+                    values = FRAME_METRICS[metric](*pair).double().cpu().numpy()
+                    parts.setdefault(f"{name}_{metric}", []).append(values)
+            chosen = clips[: max(0, run.report_clips - len(drawn))]
+            drawn += _draw(loaded.model, chosen, latents, recon, predicted, scene, run.context)
+        tracked += _tracks_of(clips, latents, predicted)
+        done += len(clips)
+        if time.monotonic() - told > REPORT_EVERY or done == total:
+            told = time.monotonic()
+            print(f"evaluate {done}/{total} clips, {done / (told - started):.1f} clips/s", file=sys.stderr, flush=True)
+    if not done:
+        raise ValueError(f"split {run.split!r} of {run.data} has no clips; there is nothing to evaluate")
+    scores = {name: np.concatenate(values) for name, values in parts.items()}
+    for metric in wanted:
+        # The constant background is scored once over the whole clip; its predicted frames are a part of that.
+        if horizon and (whole := scores.get(f"constant_background_recon_{metric}")) is not None:
+            scores[f"constant_background_predict_{metric}"] = whole[:, run.context : run.context + horizon]
+    for i, clip in enumerate(drawn):
+        names = {"recon_psnr": "reconstruction PSNR", "predict_psnr": "prediction PSNR"}
+        own = {label: float(scores[name][i].mean()) for name, label in names.items() if name in scores}
+        drawn[i] = clip._replace(scores=own)
+    return scores, _join_tracks(tracked, family, loaded.family), drawn
+
+
+def _position_predictions(
+    tracks: Tracks | str, run: EvaluateRun, size: tuple[int, int], horizon: int, reasons: Mapping[str, str]
+) -> dict[str, tuple[np.ndarray, np.ndarray] | str]:
+    """Positions and presence over the horizon by prefix of their key, or why there are none."""
+    names = ("", "copy_last_", "constant_velocity_", "constant_velocity_walls_")
+    if "predict" in reasons:
+        tracks = reasons["predict"]
+    if isinstance(tracks, str):
+        return dict.fromkeys(names, tracks)
+    assert tracks.predicted is not None
+    assert tracks.predicted_presence is not None
+    context = tracks.true[:, : run.context]
+    presence = np.repeat(tracks.present[:, run.context - 1 : run.context], horizon, axis=1)
+    radius = run.wall_radius * min(size) / BASE_SIDE
+    predictions: dict[str, tuple[np.ndarray, np.ndarray] | str] = {
+        "": (tracks.predicted, tracks.predicted_presence),
+        "copy_last_": (position.copy_last(context, horizon), presence),
+    }
+    if run.context < 2:
+        return predictions | dict.fromkeys(names[2:], "a velocity needs a context of at least 2 frames")
+    walls = position.constant_velocity_with_walls(context, horizon, radius=radius, frame_size=size)
+    predictions["constant_velocity_"] = (position.constant_velocity(context, horizon), presence)
+    predictions["constant_velocity_walls_"] = (walls, presence)
+    return predictions
+
+
+def _add_med(metrics: dict[str, Any], key: str, result: position.MED, reasons: dict[str, str]) -> None:
+    steps = result.per_sequence[:, :MED_STEPS]
+    if steps.shape[1] < MED_STEPS:
+        metrics[key] = None
+        reasons[key] = f"MED10 needs a horizon of at least {MED_STEPS} frames, this run predicts {steps.shape[1]}"
+        return
+    metrics[key] = _finite(position.med10(result))
+    if metrics[key] is None:
+        reasons[key] = f"at one of the {MED_STEPS} steps no object had a visible particle"
+        return
+    sums = steps.sum(axis=1)
+    if len(whole := sums[np.isfinite(sums)]):
+        metrics["std"][key] = float(whole.std())
+    _add_interval(metrics, key, _resample(steps).sum(axis=1))
+
+
+def _resample(values: np.ndarray) -> np.ndarray:
+    """Column means, ignoring NaN, of bootstrap samples of the rows: (draws, columns)."""
+    generator, n = np.random.default_rng(BOOTSTRAP_SEED), len(values)
+    known = ~np.isnan(values)
+    filled, known = np.where(known, values, 0.0), known.astype(float)
+    means = np.empty((BOOTSTRAP_DRAWS, values.shape[1]))
+    for row in means:
+        counts = np.bincount(generator.integers(0, n, n), minlength=n).astype(float)
+        with np.errstate(invalid="ignore"):
+            row[:] = counts @ filled / (counts @ known)
+    return means
+
+
+def _add_interval(metrics: dict[str, Any], key: str, means: np.ndarray) -> None:
+    finite = means[np.isfinite(means)]
+    if len(finite):
+        metrics["interval95"][key] = [float(v) for v in np.quantile(finite, (0.025, 0.975))]
+
+
+def _horizon(run: EvaluateRun, source: Source, family: Family, name: str, reasons: dict[str, str]) -> int:
+    """Frames to predict, 0 with a reason where nothing can be predicted."""
+    if "rollout" not in family.verbs:
+        reasons["predict"] = f"family {name} does not predict: it has no rollout"
+        return 0
+    if run.horizon == 0:
+        reasons["predict"] = "horizon is 0, so nothing was predicted"
+        return 0
+    if run.context + run.horizon > source.num_frames:
+        fitting = source.num_frames - run.context
+        advice = f"use --horizon {fitting}" if fitting > 0 else "use a smaller --context and --horizon"
+        raise ValueError(
+            f"context {run.context} + horizon {run.horizon} = {run.context + run.horizon} frames, but the clips of "
+            f"split {run.split!r} hold {source.num_frames}; {advice}, or make the dataset with longer clips "
+            f"(make_shards.py --frames {run.context + run.horizon})"
+        )
+    return run.horizon
+
+
+def _background(data: str, source: Source, reasons: dict[str, str]) -> np.ndarray | None:
+    if not has_split(data, "train"):
+        reasons["background"] = "the dataset has no split 'train' to take the constant background from"
+        return None
+    train = open_source(data, "train")
+    if (train.height, train.width) != (source.height, source.width):
+        reasons["background"] = (
+            f"the split 'train' has frames of {train.height}x{train.width}, this one {source.height}x{source.width}"
+        )
+        return None
+    return median_frame(train)
+
+
+def _tracks_of(clips: Sequence[Clip], latents: Any, predicted: Any) -> list[Tracks]:
+    """Per clip with true positions, the encoded, predicted and true ones."""
+    if not hasattr(latents, "position"):
+        return []
+    encoded, ahead = _positions(latents), None if predicted is None else _positions(predicted)
+    rows = []
+    for i, clip in enumerate(clips):
+        if (true := clip.truth.get("positions")) is not None:
+            future = (None, None) if ahead is None else (ahead[0][i], ahead[1][i])
+            present = clip.truth.get("present", np.ones(true.shape[:2], dtype=bool))
+            rows.append(Tracks(encoded[0][i], encoded[1][i], *future, true, present))
+    return rows
+
+
+def _positions(latents: Any) -> tuple[np.ndarray, np.ndarray]:
+    where = latents.position.float().cpu().numpy()
+    if hasattr(latents, "transparency"):
+        return where, latents.transparency.float().cpu().numpy()
+    return where, np.ones(where.shape[:3], dtype=np.float32)
+
+
+def _join_tracks(rows: Sequence[Tracks], family: Family, name: str) -> Tracks | str:
+    if not rows:
+        return (
+            "the clips hold no true positions"
+            if "position" in family.object_columns
+            else f"family {name} has no positions among its latents"
+        )
+    most = max(row.true.shape[1] for row in rows)
+    predicted = [row.predicted for row in rows if row.predicted is not None]
+    predicted_presence = [row.predicted_presence for row in rows if row.predicted_presence is not None]
+    return Tracks(
+        encoded=np.stack([row.encoded for row in rows]),
+        encoded_presence=np.stack([row.encoded_presence for row in rows]),
+        predicted=np.stack(predicted) if predicted else None,
+        predicted_presence=np.stack(predicted_presence) if predicted_presence else None,
+        # Clips may differ in their number of objects: the missing ones are absent.
+        true=np.stack([_pad_objects(row.true, most) for row in rows]),
+        present=np.stack([_pad_objects(row.present, most) for row in rows]),
+    )
+
+
+def _pad_objects(array: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(array, [(0, 0), (0, count - array.shape[1])] + [(0, 0)] * (array.ndim - 2))
+
+
+def _draw(
+    model: Any, clips: Sequence[Clip], latents: Any, recon: Tensor, predicted: Any, scene: Tensor | None, context: int
+) -> list[ReportClip]:
+    """What the report shows of the first clips of a batch."""
+    drawn = []
+    for i, clip in enumerate(clips):
+        frame = min(context, len(clip.frames)) - 1
+        one = model.decode(type(latents)(*(field[i : i + 1, frame : frame + 1] for field in latents)), components=True)
+        drawn.append(
+            ReportClip(
+                key=clip.key,
+                frames=clip.frames,
+                reconstruction=to_frames(recon[i]),
+                fps=clip.fps / clip.stride,
+                context=context if scene is not None else 0,
+                prediction=None if scene is None else to_frames(scene[i]),
+                particles=_particles(latents, i),
+                predicted_particles=None if predicted is None else _particles(predicted, i),
+                positions=clip.truth.get("positions"),
+                present=clip.truth.get("present"),
+                masks=None if one.masks is None else one.masks[0, 0, :, 0].float().cpu().numpy(),
+                components=None if one.components is None else to_frames(one.components[0, 0]),
+                component_frame=frame,
+            )
+        )
+    return drawn
+
+
+def _particles(latents: Any, i: int) -> Particles | None:
+    if not hasattr(latents, "position"):
+        return None
+    scale = latents.scale[i].float().sigmoid().cpu().numpy() if hasattr(latents, "scale") else None
+    shown = latents.transparency[i].float().cpu().numpy() if hasattr(latents, "transparency") else None
+    return Particles(latents.position[i].float().cpu().numpy(), shown, scale)
+
+
+def _batches(clips: Iterator[Clip], size: int) -> Iterator[list[Clip]]:
+    while batch := list(itertools.islice(clips, size)):
+        yield batch
+
+
+def _input(name: str, clips: Sequence[Clip], device: torch.device) -> Tensor:
+    if missing := [clip.key for clip in clips if name not in clip.truth]:
+        raise ValueError(f"the model needs {name} of every clip, but clip {missing[0]} has none; use data that has it")
+    return torch.from_numpy(np.stack([np.asarray(clip.truth[name]) for clip in clips])).to(device)
+
+
+def _device(wanted: str) -> str:
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ValueError("device=cuda was asked for, but torch sees no GPU here; use --device cpu or auto")
+    return ("cuda" if available else "cpu") if wanted == "auto" else wanted
+
+
+def _run_folder(checkpoint: str) -> str:
+    parent, _, name = checkpoint.rstrip("/").rpartition("/")
+    if name.startswith("step-") and parent.endswith("/checkpoints"):
+        return parent.removesuffix("/checkpoints")
+    return checkpoint
+
+
+def _even(total: int, count: int) -> list[int]:
+    """At most ``count`` indices below ``total``: the middles of as many equal parts."""
+    count = min(total, count)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

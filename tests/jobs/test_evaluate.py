@@ -1,0 +1,21 @@
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_missing_checkpoint_ends_with_one_line_and_status_1(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    words = ["--checkpoint", str(tmp_path / "nothing"), "--data", "sim:balls-interaction", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["jobs/evaluate.py", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(repository / "jobs" / "evaluate.py"), run_name="__main__")
+    message = capsys.readouterr().err
+    assert end.value.code == 1
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert "nothing" in message
+    assert not out.exists()

@@ -1,0 +1,54 @@
+"""Every job answers --help and a flag typo; what it does is tested with the function that it calls."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+JOBS = sorted((Path(__file__).resolve().parents[2] / "jobs").glob("*.py"))
+
+
+def start(monkeypatch: pytest.MonkeyPatch, job: Path, *words: str) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", [str(job), *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(job), run_name="__main__")
+    return end.value.code
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_help_says_what_the_job_is_for(job, monkeypatch, capsys):
+    assert start(monkeypatch, job, "--help") == 0
+    out = capsys.readouterr().out
+    assert "usage:" in out
+    assert "--debug" in out
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_flag_typo_is_a_usage_error(job, monkeypatch, capsys):
+    assert start(monkeypatch, job, "--outt", "x") == 2
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.name.startswith("train_")], ids=lambda job: job.name)
+def test_unknown_preset_lists_the_presets(job, monkeypatch, capsys):
+    assert start(monkeypatch, job, "smal") == 2
+    assert "small" in capsys.readouterr().err
+
+
+def test_job_runs_as_a_program_from_another_folder(tmp_path):
+    job = next(job for job in JOBS if job.name == "quickstart.py")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where `env python` looks
+    done = subprocess.run(
+        [str(job), "--out", "s3://bucket/x"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --out=s3://bucket/x")
+    assert done.stderr.count("\n") == 1

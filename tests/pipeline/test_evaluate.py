@@ -1,0 +1,245 @@
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from objdyn.clips import Clip
+from objdyn.families import FAMILIES, build
+from objdyn.simulators import SIMULATORS, Simulator
+from pipeline.checkpoint import config_to_json, save_checkpoint
+from pipeline.config import EvaluateRun
+from pipeline.evaluate import evaluate, median_frame
+from pipeline.presets import PRESETS
+from pipeline.reader import open_source
+
+FRAME_KEYS = [
+    f"{name}_{metric}"
+    for name in ("recon", "predict", "copy_last_predict", "constant_background_recon", "constant_background_predict")
+    for metric in ("mse", "psnr", "ssim")
+]
+MED_KEYS = [
+    f"{name}med10{suffix}"
+    for name in ("", "copy_last_", "constant_velocity_", "constant_velocity_walls_")
+    for suffix in ("", "_corrected")
+]
+KEYS = [*FRAME_KEYS, *MED_KEYS, "coverage_3px", "coverage_2px", "med10_lost_share"]
+
+
+class Toy:
+    """Episodes made by hand: ``draw(split, number)`` gives frames and truth."""
+
+    def __init__(self, split: str, number: int, frames: np.ndarray, truth: dict[str, np.ndarray]) -> None:
+        self.key, self.num_frames = f"{split}-{number:06d}", len(frames)
+        self._clip = Clip(self.key, frames, 10.0, 0, 1, f"sim:toy/{split}/{number}", truth)
+
+    def clip(self, start: int = 0, length: int | None = None) -> Clip:
+        return self._clip.window(start, self.num_frames - start if length is None else length)
+
+
+def register(monkeypatch: pytest.MonkeyPatch, draw: Any, splits: dict[str, int], frames: int = 14) -> str:
+    def episodes(split: str, first: int, count: int, seed: int | None) -> Sequence[Toy]:
+        return [Toy(split, number, *draw(split, number)) for number in range(first, first + count)]
+
+    monkeypatch.setitem(SIMULATORS, "toy", Simulator("toy", splits, frames, 64, 64, 10.0, episodes))
+    return "sim:toy"
+
+
+def static(split: str, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """A still picture whose bright square stands elsewhere in each episode, without any truth."""
+    frames = np.full((14, 64, 64, 3), 20, dtype=np.uint8)
+    frames[:, 8 * number : 8 * number + 8, :8] = 200
+    return frames, {}
+
+
+def gliding(split: str, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """One object that moves by 0.02 per frame, far from any wall."""
+    frames = np.zeros((14, 64, 64, 3), dtype=np.uint8)
+    positions = np.stack([np.full(14, 0.1 * number), np.linspace(0, 0.26, 14)], axis=-1)[:, None].astype(np.float32)
+    return frames, {"positions": positions, "present": np.ones((14, 1), dtype=bool)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("run"))
+    run = PRESETS["ddlp"]["debug"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build(run.model)
+    state = {"family": "ddlp", "run": config_to_json(run), "model": config_to_json(run.model)}
+    save_checkpoint(folder, 0, model=model, optimizer=torch.optim.Adam(model.parameters()), state=state, keep_last=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def balls(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("evaluation")
+    run = EvaluateRun(
+        checkpoint, "sim:balls-interaction", str(out), context=4, horizon=10, limit=2, report_clips=1, device="cpu"
+    )
+    return evaluate(run), out
+
+
+def test_every_key_is_written_with_a_value_or_a_reason(balls: tuple[dict[str, Any], Path]):
+    returned, out = balls
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics == returned
+    assert all(metrics[key] is not None or metrics["reasons"][key] for key in KEYS)
+    assert all(metrics[key] is not None for key in FRAME_KEYS)
+    assert {"model", "dataset", "split", "clips", "context", "horizon", "command"} <= metrics.keys()
+    assert metrics["dataset"] == "sim:balls-interaction/test"
+    assert metrics["clips"] == 2
+    assert "--horizon" not in metrics["command"].replace("--horizon 10", "")
+
+
+def test_curves_average_to_the_summary_and_intervals_hold_it(balls: tuple[dict[str, Any], Path]):
+    metrics, _ = balls
+    assert len(metrics["curves"]["predict_psnr"]) == 10
+    assert len(metrics["curves"]["recon_psnr"]) == 100
+    for key in FRAME_KEYS:
+        assert np.mean(metrics["curves"][key]) == pytest.approx(metrics[key])
+        assert np.mean(metrics["per_clip"][key]) == pytest.approx(metrics[key])
+        low, high = metrics["interval95"][key]
+        assert low - 1e-9 <= metrics[key] <= high + 1e-9
+    assert sum(metrics["curves"]["copy_last_position_error"]) == pytest.approx(metrics["copy_last_med10"])
+
+
+def test_constant_background_of_balls_is_black(balls: tuple[dict[str, Any], Path]):
+    metrics, _ = balls
+    frames = np.concatenate(
+        [e.clip().frames for e in SIMULATORS["balls-interaction"].episodes("test", 0, 2, None)]
+    ).astype(np.float64)
+    errors = (frames / 255) ** 2
+    expected = float(np.mean(-10 * np.log10(errors.mean(axis=(1, 2, 3)))))
+    assert metrics["constant_background_recon_psnr"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_report_is_written_beside_the_metrics(balls: tuple[dict[str, Any], Path]):
+    _, out = balls
+    page = (out / "report.html").read_text()
+    assert "test-000000" in page
+    assert "data:image/webp;base64," in page
+    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "report.html"]
+
+
+def run_on(checkpoint: str, data: str, tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    settings = {"context": 4, "horizon": 10, "report_clips": 0, "device": "cpu"} | changes
+    return evaluate(EvaluateRun(checkpoint, data, str(tmp_path / "out"), **settings))
+
+
+def test_still_video_makes_copy_last_perfect_and_lack_of_truth_null(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    metrics = run_on(checkpoint, register(monkeypatch, static, {"train": 5, "test": 2}), tmp_path)
+    assert metrics["copy_last_predict_mse"] == 0
+    assert metrics["copy_last_predict_psnr"] == 100
+    assert metrics["copy_last_predict_ssim"] == 1
+    # The median over five episodes is the plain ground; the square covers 64 of 4096 pixels.
+    error = (180 / 255) ** 2 * 64 / 4096
+    assert metrics["constant_background_recon_mse"] == pytest.approx(error, rel=1e-5)
+    assert metrics["constant_background_predict_psnr"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
+    for key in [*MED_KEYS, "coverage_3px", "coverage_2px"]:
+        assert metrics[key] is None
+        assert metrics["reasons"][key] == "the clips hold no true positions"
+
+
+def test_position_baselines_on_a_gliding_object(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    metrics = run_on(checkpoint, register(monkeypatch, gliding, {"train": 1, "test": 3}), tmp_path)
+    # It is 0.01, 0.02 ... 0.1 of the frame's side away from where it was last seen.
+    assert metrics["copy_last_med10_corrected"] == pytest.approx(0.55, abs=1e-5)
+    assert metrics["constant_velocity_med10_corrected"] == pytest.approx(0, abs=1e-5)
+    assert metrics["constant_velocity_walls_med10_corrected"] == pytest.approx(0, abs=1e-5)
+
+
+def test_without_a_training_split_the_background_is_null(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    metrics = run_on(checkpoint, register(monkeypatch, static, {"test": 1}), tmp_path)
+    assert metrics["constant_background_recon_psnr"] is None
+    assert "no split 'train'" in metrics["reasons"]["constant_background_predict_psnr"]
+
+
+def test_a_short_horizon_leaves_med10_null_and_keeps_the_curve(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    metrics = run_on(checkpoint, register(monkeypatch, gliding, {"test": 1}), tmp_path, horizon=5, context=1)
+    assert metrics["copy_last_med10"] is None
+    assert "at least 10 frames, this run predicts 5" in metrics["reasons"]["copy_last_med10"]
+    assert "at least 2 frames" in metrics["reasons"]["constant_velocity_med10"]
+    assert len(metrics["curves"]["copy_last_position_error"]) == 5
+
+
+def test_horizon_zero_measures_reconstruction_only(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    metrics = run_on(checkpoint, register(monkeypatch, gliding, {"test": 1}), tmp_path, horizon=0, report_clips=1)
+    assert metrics["recon_psnr"] is not None
+    assert metrics["coverage_3px"] is not None
+    assert metrics["predict_psnr"] is None
+    assert metrics["reasons"]["copy_last_med10"] == "horizon is 0, so nothing was predicted"
+
+
+def test_family_without_rollout_has_null_predictions(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(FAMILIES, "ddlp", FAMILIES["ddlp"]._replace(verbs=("forward", "encode", "decode")))
+    metrics = run_on(checkpoint, register(monkeypatch, static, {"test": 1}), tmp_path, horizon=99)
+    assert metrics["recon_psnr"] is not None
+    assert metrics["reasons"]["predict_psnr"] == "family ddlp does not predict: it has no rollout"
+
+
+def test_context_and_horizon_beyond_the_clip_are_refused(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    data = register(monkeypatch, static, {"test": 1})
+    with pytest.raises(ValueError, match=r"4 \+ horizon 11 = 15 frames, but .* hold 14; use --horizon 10"):
+        run_on(checkpoint, data, tmp_path, horizon=11)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": 0}, "context must be at least 1"),
+        ({"horizon": -1}, "horizon must be 0 or more"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"wall_radius": 40.0}, "wall_radius"),
+    ],
+)
+def test_impossible_settings_are_refused(change: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        EvaluateRun("c", "d", "o", **change)
+
+
+def test_same_evaluation_gives_the_same_bytes_whatever_the_batch(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    data = register(monkeypatch, gliding, {"test": 2})
+    run_on(checkpoint, data, tmp_path)
+    first = (tmp_path / "out" / "metrics.json").read_bytes()
+    run_on(checkpoint, data, tmp_path)
+    assert (tmp_path / "out" / "metrics.json").read_bytes() == first
+    one, many = json.loads(first), run_on(checkpoint, data, tmp_path, batch_size=1)
+    assert many["recon_mse"] == pytest.approx(one["recon_mse"], rel=1e-5)
+    assert many["med10"] == pytest.approx(one["med10"], rel=1e-4)
+
+
+def test_median_frame_reads_a_bounded_sample(monkeypatch: pytest.MonkeyPatch):
+    def draw(split: str, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        return np.full((14, 64, 64, 3), 100 if number % 3 else 0, dtype=np.uint8), {}
+
+    source = open_source(register(monkeypatch, draw, {"train": 500}), "train")
+    whole = median_frame(source)
+    read: list[str] = []
+    clip = Toy.clip
+    monkeypatch.setattr(Toy, "clip", lambda self, *window: read.append(self.key) or clip(self, *window))
+    monkeypatch.setattr("pipeline.evaluate.BACKGROUND_BYTES", 64 * 64 * 3 * 40)
+    bounded = median_frame(source)
+    assert len(set(read)) == len(read) == 40
+    assert bounded.shape == (64, 64, 3)
+    assert bounded.dtype == np.float32
+    for median in (whole, bounded):
+        assert (median == 100).all()
+
+
+def test_split_without_clips_has_no_background(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="no clips to take a background from"):
+        median_frame(open_source(register(monkeypatch, static, {"train": 0}), "train"))
