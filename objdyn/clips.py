@@ -188,8 +188,35 @@ def collate(clips: Sequence[Clip]) -> UInt8[Tensor, "b t c h w"]:
                 f"clips of one batch must have one shape: {clips[0].key} is {clips[0].frames.shape}, "
                 f"{clip.key} is {clip.frames.shape}"
             )
-    batch = torch.from_numpy(np.stack([clip.frames for clip in clips]))
-    return rearrange(batch, "b t h w c -> b t c h w").contiguous()
+    t, h, w, c = clips[0].frames.shape
+    batch = np.empty((len(clips), t, c, h, w), np.uint8)
+    for row, clip in zip(batch, clips, strict=True):
+        np.copyto(row, clip.frames.transpose(0, 3, 1, 2))
+    return torch.from_numpy(batch)
+
+
+def stack_truth(
+    clips: Sequence[Clip], names: Sequence[str], device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """Stack the truth that a family takes as input (``Family.inputs``), one row per clip, on ``device``.
+
+    Raises:
+        ValueError: a clip lacks one of ``names``, or has it in another shape than the first clip.
+    """
+    stacked = {}
+    for name in names:
+        for clip in clips:
+            if name not in clip.truth:
+                raise ValueError(
+                    f"clip {clip.key} has no truth {name!r}, which the model takes as input; use a dataset that has it"
+                )
+            if clip.truth[name].shape != clips[0].truth[name].shape:
+                raise ValueError(
+                    f"truth {name!r} of one batch must have one shape: {clips[0].key} has "
+                    f"{clips[0].truth[name].shape}, {clip.key} has {clip.truth[name].shape}"
+                )
+        stacked[name] = torch.from_numpy(np.stack([clip.truth[name] for clip in clips])).to(device)
+    return stacked
 
 
 def to_model_input(

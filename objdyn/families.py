@@ -4,9 +4,8 @@ Adding a family: its file under ``models/``, one line in ``FAMILIES``, one ``deb
 covers it.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -88,23 +87,6 @@ def predict(
     generator: torch.Generator | None = None,
     **inputs: Any,
 ) -> Scene:
-    """Render the ``horizon`` frames that follow ``context``."""
+    """Render the ``horizon`` frames that follow ``context``; a generator must live on the model's device."""
     latents = model.encode(context, generator=generator, **inputs)
     return model.decode(model.rollout(latents, horizon, generator=generator))
-
-
-def config_from_fields(family: str, fields: dict[str, Any]) -> Any:
-    """Rebuild a config from JSON: lists become tuples again.
-
-    Raises:
-        ValueError: unknown family or field.
-    """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
-    config = FAMILIES[family].config
-    known = {field.name for field in dataclasses.fields(config)}
-    if unknown := sorted(set(fields) - known):
-        raise ValueError(f"{config.__name__} has no field {', '.join(unknown)}; it was written by another version")
-    return config(
-        **{name: tuple(cast(list[Any], value)) if isinstance(value, list) else value for name, value in fields.items()}
-    )

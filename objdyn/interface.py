@@ -47,7 +47,8 @@ class VideoModel(Protocol[Latents]):
 
     ``inputs`` are the per-clip tensors that the family names in ``Family.inputs`` (none for most families), by keyword.
     ``encode`` and ``rollout`` take ``generator: torch.Generator | None = None``: ``None`` asks for the reproducible
-    answer (means), with a generator the latents are sampled from it.
+    answer (means), with a generator the latents are sampled from it. A generator must live on the model's device:
+    ``torch.Generator(device)``.
     """
 
     def __call__(self, video: Float[Tensor, "b t c h w"], *args: Any, **inputs: Any) -> Loss: ...

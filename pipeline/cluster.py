@@ -33,7 +33,7 @@ def connect(num_cpus: int | None = None) -> None:
         ValueError: the cluster cannot be joined.
         RuntimeError: ray was imported before the first call, too late to keep a private Ray off the network.
     """
-    joining = store.in_submitted_job() or bool(os.environ.get("RAY_ADDRESS"))
+    joining = is_joined()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not joining:
@@ -49,6 +49,11 @@ def connect(num_cpus: int | None = None) -> None:
         _join()
     else:
         _start(num_cpus)
+
+
+def is_joined() -> bool:
+    """Tell whether ``connect`` joins a cluster that others started, which may grow on demand."""
+    return store.in_submitted_job() or bool(os.environ.get("RAY_ADDRESS"))
 
 
 def require_shared(paths: Sequence[str]) -> None:

@@ -7,8 +7,11 @@ refuses impossible values with a sentence and changes nothing.
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
 
 from objdyn.models.ddlp import DDLPConfig
 
@@ -149,7 +152,7 @@ class ExtractRun:
     """One extraction: a checkpoint over a split into tables of latents."""
 
     checkpoint: str
-    """Run folder (its last checkpoint is taken) or one checkpoint's folder; local or s3://."""
+    """Run folder, or one checkpoint inside it; local or s3://."""
     data: str
     """Dataset folder or s3:// URL holding the split, or ``sim:NAME``."""
     out: str
@@ -168,6 +171,8 @@ class ExtractRun:
     """Processes, each with a copy of the model on one CPU slot or one GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes GPUs if the cluster has any."""
+    which: Literal["last", "best"] = "last"
+    """Which checkpoint of a run folder: the newest, or the best by held-out reconstruction."""
 
     def __post_init__(self) -> None:
         if (self.context is None) != (self.horizon is None):
@@ -196,8 +201,8 @@ class EvaluateRun:
     """Split to evaluate."""
     context: int = 10
     """Frames of each clip that the model sees before it predicts."""
-    horizon: int = 40
-    """Frames to predict; 0 evaluates reconstruction only."""
+    horizon: int | None = None
+    """Frames to predict; None takes what the clips hold after the context, at most 40; 0 only reconstructs."""
     limit: int | None = None
     """Clips to evaluate, the first ones of the split; None takes all."""
     batch_size: int = 8
@@ -216,8 +221,8 @@ class EvaluateRun:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("horizon", "report_clips"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{name} must be 0 or more, got {value}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1 or None for all clips, got {self.limit}")
         if not 0 <= self.wall_radius < 32:
@@ -362,3 +367,28 @@ def with_overrides(run: Any, overrides: dict[str, Any]) -> Any:
         new = with_overrides(getattr(run, head), {rest: value}) if rest else value
         run = dataclasses.replace(run, **{head: new})
     return run
+
+
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name nested settings as ``with_overrides`` does: ``{"optim": {"lr": 3e-4}}`` becomes ``{"optim.lr": 3e-4}``."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten_settings(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def torch_device(name: str, workers: int = 1) -> torch.device:
+    """The device that a run's ``device`` names; ``auto`` is the GPU if there is one and one process uses it.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if available and workers == 1 else "cpu")
+    if name == "cuda" and not available:
+        raise ValueError("device=cuda, but torch sees no GPU on this machine; use --device cpu or install a CUDA build")
+    return torch.device(name)

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from objdyn.clips import Clip, collate, to_frames, to_model_input
+from objdyn.clips import Clip, collate, stack_truth, to_frames, to_model_input
 from objdyn.families import FAMILIES, Family
 from objdyn.metrics import position
 from objdyn.metrics.image import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
 from pipeline import store
 from pipeline.checkpoint import Loaded, load_model
 from pipeline.cli import command
-from pipeline.config import EvaluateRun
+from pipeline.config import EvaluateRun, torch_device
 from pipeline.reader import Source, has_split, iter_clips, open_source
 from pipeline.report import Particles, ReportClip, read_history, write_report
 
@@ -32,6 +32,8 @@ FRAME_METRICS = {"mse": frame_mse, "psnr": frame_psnr, "ssim": frame_ssim}
 MED_STEPS = 10
 CONVENTIONS: tuple[tuple[position.Convention, str], ...] = (("published", ""), ("corrected", "_corrected"))
 """How MED is computed, and what that adds to its key."""
+DEFAULT_HORIZON = 40
+"""Frames predicted where none are asked for, if the clips are that long."""
 BASE_SIDE = 64
 """Radii in pixels are meant for frames of this height; other frames scale them."""
 BACKGROUND_SHARDS, BACKGROUND_CLIPS, BACKGROUND_FRAMES = 8, 64, 16
@@ -66,7 +68,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     """
     run_out = store.resolve(run.out, "--out")
     checkpoint, data = store.resolve(run.checkpoint, "--checkpoint"), store.resolve(run.data, "--data")
-    device = _device(run.device)
+    device = torch_device(run.device)
     source = open_source(data, run.split)
     loaded = load_model(checkpoint, device=device, which=run.which)
     family = FAMILIES[loaded.family]
@@ -225,7 +227,7 @@ def _measure(
     for clips in _batches(stream, run.batch_size):
         video = to_model_input(collate(clips), device)
         future = video[:, run.context : run.context + horizon]
-        inputs = {name: _input(name, clips, device) for name in family.inputs}
+        inputs = stack_truth(clips, family.inputs, device)
         with torch.no_grad():
             latents = loaded.model.encode(video, **inputs)
             recon = loaded.model.decode(latents).video
@@ -333,6 +335,14 @@ def _horizon(run: EvaluateRun, source: Source, family: Family, name: str, reason
     if run.horizon == 0:
         reasons["predict"] = "horizon is 0, so nothing was predicted"
         return 0
+    if run.horizon is None:
+        if run.context >= source.num_frames:
+            reasons["predict"] = (
+                f"the clips hold {source.num_frames} frames, so none is left to predict after a context of "
+                f"{run.context}"
+            )
+            return 0
+        return min(DEFAULT_HORIZON, source.num_frames - run.context)
     if run.context + run.horizon > source.num_frames:
         fitting = source.num_frames - run.context
         advice = f"use --horizon {fitting}" if fitting > 0 else "use a smaller --context and --horizon"
@@ -442,19 +452,6 @@ def _particles(latents: Any, i: int) -> Particles | None:
 def _batches(clips: Iterator[Clip], size: int) -> Iterator[list[Clip]]:
     while batch := list(itertools.islice(clips, size)):
         yield batch
-
-
-def _input(name: str, clips: Sequence[Clip], device: torch.device) -> Tensor:
-    if missing := [clip.key for clip in clips if name not in clip.truth]:
-        raise ValueError(f"the model needs {name} of every clip, but clip {missing[0]} has none; use data that has it")
-    return torch.from_numpy(np.stack([np.asarray(clip.truth[name]) for clip in clips])).to(device)
-
-
-def _device(wanted: str) -> str:
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ValueError("device=cuda was asked for, but torch sees no GPU here; use --device cpu or auto")
-    return ("cuda" if available else "cpu") if wanted == "auto" else wanted
 
 
 def _run_folder(checkpoint: str) -> str:

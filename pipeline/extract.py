@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from objdyn.clips import Clip, collate, to_model_input
+from objdyn.clips import Clip, collate, stack_truth, to_model_input
 from objdyn.families import FAMILIES, Family
 from objdyn.interface import VideoModel
+from objdyn.metrics.image import frame_mse
 from pipeline import cluster, store, tables
 from pipeline.checkpoint import load_model
 from pipeline.config import ExtractRun
@@ -110,10 +110,10 @@ def clip_blocks(
         ValueError: a clip lacks the truth that the family takes as input.
     """
     video = to_model_input(collate(clips), device)
-    inputs: dict[str, Any] = {name: _input(name, clips, device) for name in family.inputs}
+    inputs = stack_truth(clips, family.inputs, device)
     with torch.no_grad():
         latents = model.encode(video, **inputs)
-        recon_mse = _frame_mse(model.decode(latents).video, video)
+        recon_mse = frame_mse(model.decode(latents).video, video).cpu().numpy()
         blocks = _to_blocks(family, clips, latents, "posterior", 0, {"recon_mse": recon_mse})
         if context is None or horizon is None:
             return blocks
@@ -124,7 +124,7 @@ def clip_blocks(
         errors = {}
         if truth.shape[1] > 0:
             known = _frames(future, 0, truth.shape[1])
-            errors = {"predict_mse": _frame_mse(model.decode(known).video, truth)}
+            errors = {"predict_mse": frame_mse(model.decode(known).video, truth).cpu().numpy()}
         return blocks + _to_blocks(family, clips, future, "predicted", context, errors)
 
 
@@ -196,7 +196,7 @@ class Extractor:
 def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
     checkpoint = store.resolve(run.checkpoint, "--checkpoint")
     data = store.resolve(run.data, "--data")
-    loaded = load_model(checkpoint)
+    loaded = load_model(checkpoint, which=run.which)
     if not store.exists(store.join(checkpoint, "COMPLETE")):
         # A run folder: it may be training on, so name the checkpoint that all workers are to load.
         checkpoint = store.join(checkpoint, "checkpoints", f"step-{loaded.step:08d}")
@@ -339,17 +339,6 @@ def _finish(job: Job, parts: list[Part]) -> str:
     if not_finite := sum(record["clips_not_finite"] for record in records):
         line += f"\nwarning: {not_finite} clips have latents that are not finite (NaN or infinite in the tables)"
     return line
-
-
-def _input(name: str, clips: Sequence[Clip], device: str | torch.device) -> Tensor:
-    lacking = [clip.key for clip in clips if name not in clip.truth]
-    if lacking:
-        raise ValueError(f"the model needs {name} for each clip, which clip {lacking[0]} does not have")
-    return torch.from_numpy(np.stack([clip.truth[name] for clip in clips])).to(device)
-
-
-def _frame_mse(rendered: Tensor, video: Tensor) -> np.ndarray:
-    return (rendered - video).square().mean(dim=(2, 3, 4)).cpu().numpy()
 
 
 def _frames(latents: Any, start: int, stop: int) -> Any:

@@ -28,12 +28,14 @@ from torch import Tensor, nn
 
 from objdyn import clips, families
 from pipeline import checkpoint, store
-from pipeline.config import TrainRun, with_overrides
+from pipeline.config import TrainRun, flatten_settings, torch_device, with_overrides
 from pipeline.presets import PRESETS
 from pipeline.reader import MicroBatch, Source, TrainingReader, has_split, iter_clips, open_source
 
 MAX_SKIPPED = 5
-"""Steps in a row with a non-finite loss after which the run stops."""
+"""Steps in a row with a non-finite loss or gradient after which the run stops."""
+PUBLISH_SECONDS = 30.0
+"""How often metrics are published where they cannot be appended."""
 EVAL_HORIZON = 10
 """Predicted frames of the held-out evaluation during training, if the clips are long enough."""
 MAX_ERROR = 1e-10
@@ -46,6 +48,8 @@ class Worker:
 
     rank: int = 0
     world: int = 1
+    local_world: int = 1
+    """Workers on this machine, which share its cores."""
     device: torch.device | None = None
     """Where to train; None decides from ``run.device``."""
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model
@@ -59,22 +63,33 @@ class Worker:
 def open_run(run: TrainRun) -> TrainRun:
     """Create the run folder with its ``config.json``, or check that the run in it may be continued.
 
+    One clip of each split goes through the model first, so that data, model and run are known to fit before a folder
+    is made or a worker started.
+
     Returns:
         The run with every path resolved.
 
     Raises:
-        ValueError: the folder holds a run and ``resume`` was not asked for, or holds none and it was; or the stored
-            run has other settings; or the folder is not empty and not a run.
+        ValueError: the data do not fit; or the folder holds a run and ``resume`` was not asked for, or holds none and
+            it was; or the stored run has other settings; or the folder is not empty and not a run.
     """
-    out = store.resolve(run.out, "--out") if run.out else _next_free_folder(families.family_of(run.model))
-    run = dataclasses.replace(run, data=store.resolve(run.data, "--data"), out=out)
+    if run.resume and not run.out:
+        raise ValueError("--resume needs --out, the folder of the run to continue")
+    run = dataclasses.replace(run, data=store.resolve(run.data, "--data"))
+    if not run.out:
+        _try_one_clip(run)
+        run = dataclasses.replace(run, out=_next_free_folder(families.family_of(run.model)))
+        store.publish_json(store.join(run.out, "config.json"), _stored(run))
+        return run
+    out = store.resolve(run.out, "--out")
+    run = dataclasses.replace(run, out=out)
     path = store.join(out, "config.json")
     if not run.resume:
         if store.exists(path):
             raise ValueError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
         if names := store.list_names(out):
             raise ValueError(f"{out} is not empty (it holds {names[0]}) and holds no run; choose another --out")
-        open_source(run.data, "train", loader=run.loader)  # a wrong --data must not leave a run folder behind
+        _try_one_clip(run)
         store.publish_json(path, _stored(run))
         return run
     if not store.exists(path):
@@ -95,9 +110,11 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
         FloatingPointError: the loss was not finite ``MAX_SKIPPED`` steps in a row.
     """
     worker = worker or Worker()
-    device = worker.device or choose_device(run)
+    device = worker.device or torch_device(run.device, run.workers)
     if device.type == "cpu":
-        torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // run.workers))
+        torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // worker.local_world))
+        if run.precision == "bf16":
+            raise ValueError("precision=bf16 needs a GPU and none was found; use --precision fp32")
     family = families.FAMILIES[families.family_of(run.model)]
     source = open_source(run.data, "train", loader=run.loader)
     held_out = open_source(run.data, "val", loader=run.loader) if has_split(run.data, "val") else None
@@ -137,36 +154,37 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
     window = _Window()
     skipped = 0
     path = ""
-    with contextlib.closing(reader.micro_batches(position)) as batches:
+    with contextlib.closing(reader.micro_batches(position)) as batches, log or contextlib.nullcontext():
         while step < run.steps:
             families.set_step(model, step)
             model.train()
             optimizer.zero_grad()
             keys: list[str] = []
-            total = torch.zeros((), device=device)
+            terms: dict[str, Tensor] = {}
             for index in range(accumulate):
                 batch = next(batches)
                 keys += batch.keys
                 with _no_sync(wrapped, index < accumulate - 1):
                     loss = _loss(wrapped, batch, run, device)
                     (loss.total / accumulate).backward()
-                total = total + loss.total.detach() / accumulate
-                window.add({"loss": loss.total.detach(), **loss.terms})
+                for name, value in {"loss": loss.total.detach(), **loss.terms}.items():
+                    terms[name] = terms.get(name, torch.zeros_like(value)) + value / accumulate
             position += run.optim.batch_size
 
-            if not _finite_everywhere(total, worker.world):
+            # gradients are the mean over workers, so all of them see the same norm and decide alike
+            norm = nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip_norm or float("inf"))
+            if not torch.isfinite(norm):
                 skipped += 1
-                window = _Window()
-                print(f"step {step}: the loss is not finite, skipped; clips {', '.join(keys)}", file=sys.stderr)
+                keys = _gather(keys, worker.world)
+                _emit(log, worker, {"kind": "skipped", "step": step, "clips": keys})
                 if skipped == MAX_SKIPPED:
                     raise FloatingPointError(
-                        f"the loss was not finite {MAX_SKIPPED} steps in a row, last at step {step} on clips "
-                        f"{', '.join(keys)}; lower optim.lr, or set optim.clip_norm"
+                        f"loss or gradient was not finite {MAX_SKIPPED} steps in a row, last after step {step} on "
+                        f"clips {', '.join(keys)}; lower optim.lr, or set optim.clip_norm"
                     )
                 continue
             skipped = 0
-            if run.optim.clip_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip_norm)
+            window.add(terms)
             for group in optimizer.param_groups:
                 group["lr"] = run.optim.lr * run.optim.decay ** (step // run.optim.decay_steps)
             optimizer.step()
@@ -180,7 +198,7 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
                     "steps": run.steps,
                     **window.mean(worker.world),
                     "lr": optimizer.param_groups[0]["lr"],
-                    "steps_per_second": window.rate(run.log_every),
+                    "steps_per_second": window.rate,
                 }
                 window = _Window()
                 _emit(log, worker, line)
@@ -194,7 +212,7 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
                 best = held["recon_psnr"] if improved else best
                 window.restart_clock()
             if save:
-                if worker.rank == 0:
+                if log is not None:
                     families.set_step(model, step)
                     state = {
                         "family": families.family_of(run.model),
@@ -203,16 +221,13 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
                         "position": position,
                         "best": best,
                     }
+                    log.sync()  # first, so that no checkpoint is without its metrics
                     path = checkpoint.save_checkpoint(
                         run.out, step, model=model, optimizer=optimizer, state=state,
                         keep_last=run.keep_last, best=improved,
                     )  # fmt: skip
-                    assert log is not None
-                    log.sync()
                 worker.report({"step": step})
                 window.restart_clock()
-    if log is not None:
-        log.close()
     return path
 
 
@@ -235,9 +250,7 @@ def evaluate(
             if index % world != rank:
                 continue
             video = clips.to_model_input(clips.collate([clip]), device)
-            inputs: dict[str, Any] = {
-                name: torch.as_tensor(clip.truth[name], device=device)[None] for name in family.inputs
-            }
+            inputs: dict[str, Any] = {**clips.stack_truth([clip], family.inputs, device)}
             values = {"loss": float(model(video[:, : run.clip_frames], **inputs).total)}
             recon = families.reconstruct(model, video[:, : run.clip_frames], **inputs).video
             values["recon_psnr"] = psnr(recon, video[:, : run.clip_frames])
@@ -256,29 +269,16 @@ def evaluate(
 
 
 def psnr(video: Tensor, truth: Tensor) -> float:
-    """PSNR of each frame in dB for values in [0, 1], then the mean over frames."""
+    """PSNR of each frame in dB for values in [0, 1], then the mean; ``metrics.image`` without its library."""
     error = (video - truth).square().flatten(2).mean(-1).clamp_min(MAX_ERROR)
     return float((-10 * error.log10()).mean())
-
-
-def choose_device(run: TrainRun) -> torch.device:
-    """The device that ``run.device`` names.
-
-    Raises:
-        ValueError: a GPU is asked for and there is none.
-    """
-    if run.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() and run.workers == 1 else "cpu")
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no GPU on this machine; use --device cpu or install a CUDA build")
-    return torch.device(run.device)
 
 
 class MetricsLog:
     """``metrics.jsonl`` and TensorBoard events of a run folder.
 
     Lines after the step that a run resumes from are dropped first, so every step stands once. On object storage, where
-    nothing can be appended, both are collected locally and published at each checkpoint.
+    nothing can be appended, both are collected locally and published every ``PUBLISH_SECONDS`` and at each checkpoint.
     """
 
     def __init__(self, out: str, step: int) -> None:
@@ -290,6 +290,15 @@ class MetricsLog:
         self.out = out
         self.events = tempfile.mkdtemp(prefix="objdyn-events-") if self.remote else store.join(out, "tensorboard")
         self.writer = _summary_writer(self.events, step)
+        self.published = time.monotonic()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sync()
+        if self.writer is not None:
+            self.writer.close()
 
     def write(self, line: dict[str, Any]) -> None:
         """Add one line."""
@@ -298,6 +307,8 @@ class MetricsLog:
         if not self.remote:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(f"{text}\n")
+        elif time.monotonic() - self.published > PUBLISH_SECONDS:
+            self.sync()
         if self.writer is not None:
             for name, value in line.items():
                 if isinstance(value, float):
@@ -312,12 +323,7 @@ class MetricsLog:
             for name in os.listdir(self.events):
                 with open(os.path.join(self.events, name), "rb") as file:
                     store.publish(store.join(self.out, "tensorboard", name), file.read())
-
-    def close(self) -> None:
-        """Close the event file."""
-        self.sync()
-        if self.writer is not None:
-            self.writer.close()
+            self.published = time.monotonic()
 
 
 def read_metrics(out: str, step: int | None = None) -> list[dict[str, Any]]:
@@ -350,6 +356,9 @@ class Progress:
         if line["kind"] == "eval":
             self._print(f"held out at step {line['step']}: {text}")
             return
+        if line["kind"] == "skipped":
+            self._print(f"step {line['step']}: loss or gradient not finite, skipped; clips {', '.join(line['clips'])}")
+            return
         if self.bar is not None:
             self.bar.update(line["step"] - self.bar.n)
             self.bar.set_postfix_str(text)
@@ -379,18 +388,18 @@ def duration(seconds: float) -> str:
 
 
 class _Window:
-    """Sums of the loss terms since the last line of metrics, and the time that took."""
+    """Sums of the loss terms of the steps since the last line of metrics, and the time that took."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.steps = 0
         self.seconds = 0.0
         self.restart_clock()
 
     def add(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
-        self.count += 1
+        self.steps += 1
         now = time.monotonic()
         self.seconds += now - self.clock
         self.clock = now
@@ -400,12 +409,14 @@ class _Window:
         self.clock = time.monotonic()
 
     def mean(self, world: int) -> dict[str, float]:
-        values = torch.stack([value.detach().float() for value in self.sums.values()]) / self.count
+        values = torch.stack([value.detach().float() for value in self.sums.values()]) / self.steps
         values = _sum_over_workers(values, world) / world
         return {name: float(value) for name, value in zip(self.sums, values, strict=True)}
 
-    def rate(self, steps: int) -> float:
-        return steps / max(self.seconds, 1e-9)
+    @property
+    def rate(self) -> float:
+        """Optimiser steps per second."""
+        return self.steps / max(self.seconds, 1e-9)
 
 
 def _loss(model: Any, batch: MicroBatch, run: TrainRun, device: torch.device) -> Any:
@@ -427,11 +438,31 @@ def _no_sync(model: Any, active: bool) -> contextlib.AbstractContextManager[Any]
     return model.no_sync() if active and hasattr(model, "no_sync") else contextlib.nullcontext()
 
 
-def _finite_everywhere(total: Tensor, world: int) -> bool:
-    finite = torch.isfinite(total).float().reshape(1)
-    if world > 1:
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-    return bool(finite.item())
+def _gather(keys: list[str], world: int) -> list[str]:
+    """The keys of all workers."""
+    if world == 1:
+        return keys
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, keys)
+    return [key for part in gathered for key in part]
+
+
+def _try_one_clip(run: TrainRun) -> None:
+    """Put the first clip of each split through a fresh model, which raises where they do not fit."""
+    with torch.random.fork_rng(devices=[]):
+        model = families.build(run.model).eval()
+    names = families.FAMILIES[families.family_of(run.model)].inputs
+    for split in ("train", "val"):
+        if split == "val" and not has_split(run.data, split):
+            continue
+        source = open_source(run.data, split, loader=run.loader)
+        TrainingReader(
+            source, clip_frames=run.clip_frames, batch_size=1, micro_batch_size=1, seed=0, loader=run.loader
+        )  # refuses clips that are too short, and an empty split
+        clip = next(iter_clips(source, limit=1, length=run.clip_frames, truth=names))
+        inputs: dict[str, Any] = {**clips.stack_truth([clip], names)}
+        with torch.no_grad():
+            model(clips.to_model_input(clips.collate([clip])), **inputs)
 
 
 def _sum_over_workers(values: Tensor, world: int) -> Tensor:
@@ -459,26 +490,19 @@ def _stored(run: TrainRun) -> dict[str, Any]:
 
 FREE_TO_CHANGE = {
     "data", "out", "resume", "steps", "workers", "threads", "device",
-    "log_every", "eval_every", "eval_clips", "checkpoint_every", "keep_last",
+    "log_every", "eval_every", "eval_clips", "checkpoint_every", "keep_last", "loader.prefetch", "loader.cache_gb",
 }  # fmt: skip
 """Fields of a run that may differ when it is resumed; the dataset is compared by its id instead of its path."""
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The settings that differ, as a sentence; empty if none do."""
-    before, after = _flat(old), _flat(new)
+    before, after = flatten_settings(old), flatten_settings(new)
     return ", ".join(
         f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())
         if name.removeprefix("run.") not in FREE_TO_CHANGE and before.get(name) != after.get(name)
     )
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, entry in value.items():
-        flat.update(_flat(entry, f"{prefix}{name}.") if isinstance(entry, dict) else {prefix + name: entry})
-    return flat
 
 
 def _next_free_folder(family: str) -> str:

@@ -23,10 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from objdyn.clips import Clip, collate, from_sample
+from objdyn.clips import Clip, collate, from_sample, stack_truth
 from objdyn.simulators import SIMULATORS, Episode, Simulator
 from pipeline import store
 from pipeline.config import LoaderConfig
@@ -82,11 +81,6 @@ class Source(Protocol):
 
     @property
     def width(self) -> int: ...
-
-    @property
-    def fps(self) -> float:
-        """Frames per second of the first clip's video."""
-        ...
 
     def fetch(self, shard: int) -> None:
         """Bring a shard to the local disk, if it is not there."""
@@ -260,7 +254,7 @@ class TrainingReader:
             frames=collate(clips),
             keys=tuple(clip.key for clip in clips),
             starts=tuple(starts),
-            inputs={name: _stack(name, clips) for name in self._inputs},
+            inputs=stack_truth(clips, self._inputs),
             seed=_hash(self._seed, position // self.num_clips, position) >> 1,
         )
 
@@ -356,15 +350,6 @@ def _hash(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
 
 
-def _stack(name: str, clips: Sequence[Clip]) -> Tensor:
-    for clip in clips:
-        if name not in clip.truth:
-            raise ValueError(
-                f"clip {clip.key} has no truth {name!r}, which the model takes as input; use a dataset that has it"
-            )
-    return torch.from_numpy(np.stack([clip.truth[name] for clip in clips]))
-
-
 def _simulator(data: str) -> Simulator:
     name = data.removeprefix("sim:")
     if name not in SIMULATORS:
@@ -387,7 +372,7 @@ class _SimSource:
         )
         self.shard_names = tuple(f"shard-{number:05d}" for number in range(len(self.shard_sizes)))
         self.num_frames = self._simulator.num_frames
-        self.height, self.width, self.fps = self._simulator.height, self._simulator.width, self._simulator.fps
+        self.height, self.width = self._simulator.height, self._simulator.width
 
     def fetch(self, shard: int) -> None:
         """Do nothing: there are no files."""
@@ -453,11 +438,9 @@ class _FolderSource:
             ) from error
         if sum(shard.samples for shard in self._shards) == 0:
             raise ValueError(f"{self._folder} holds no clips; its quarantine.parquet says why inputs were left out")
-        self.manifest: Mapping[str, Any] = fields
         self.shard_sizes = tuple(shard.samples for shard in self._shards)
         self.shard_names = tuple(shard.name.removesuffix(".tar") for shard in self._shards)
         self._index = self._open_index(index)
-        self.fps = float(self._index.read_row_group(0, columns=["fps"])["fps"][0].as_py())
 
     def fetch(self, shard: int) -> None:
         self._map(self._shards[shard])

@@ -16,6 +16,7 @@ import numpy as np
 
 from objdyn import figures
 from pipeline import store
+from pipeline.config import flatten_settings
 from pipeline.loop import read_metrics
 
 PNG_BYTES = 300_000
@@ -324,7 +325,7 @@ def provenance(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     if facts:
         parts.append(_definitions(facts))
     if settings:
-        parts.append(f"<details><summary>Settings</summary>{_definitions(_flatten(settings))}</details>")
+        parts.append(f"<details><summary>Settings</summary>{_definitions(flatten_settings(settings))}</details>")
     return "".join(parts)
 
 
@@ -420,13 +421,6 @@ def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float | Non
     spans = [slice(a, b) for a, b in itertools.pairwise(bounds)]
     groups = [[v for v in finite[span] if v is not None] for span in spans]
     return [float(np.mean(x[span])) for span in spans], [float(np.mean(g)) if g else None for g in groups]
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _definitions(values: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ shard holds depends on the inputs and settings alone, and the same inputs give t
 An input that cannot be used becomes a row of ``quarantine.parquet``; the counts must balance.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,8 +33,12 @@ from pipeline import store
 from pipeline.config import ShardRun
 
 SCHEMA = 1
+SPLIT_LETTERS = 48
+"""Longest name of a split: it starts every key, and a tar member's name beyond 100 letters takes a second header."""
 SHARD_BYTES = 48_000_000
 """Pixels of a shard where ``clips_per_shard`` is not given, in bytes before compression."""
+STRICT_INPUTS = 100
+"""From this many inputs on too large an unusable share is an error; below it is a warning."""
 OWNER = "objdyn"
 """Owner of every tar member; a fixed one, so that tars do not depend on who wrote them."""
 
@@ -112,12 +117,15 @@ def shard(run: ShardRun) -> str:
     """Make one split of a dataset; started again on a finished one it mends what is missing or damaged.
 
     Raises:
-        ValueError: the source holds nothing usable, too much of it is unusable, or ``out`` holds another dataset; what
-            was there before is untouched.
+        ValueError: the source holds nothing usable, too much of it is unusable (quarantine.parquet then says what and
+            why, without a manifest), or ``out`` holds another dataset, which stays as it is.
+        OSError: a file of the source cannot be opened or read.
     """
     from pipeline import cluster
 
     source, folder = store.resolve(run.source, "--source"), store.join(store.resolve(run.out, "--out"), run.split)
+    if len(run.split) > SPLIT_LETTERS:
+        raise ValueError(f"--split {run.split} starts every key and is too long for it; use {SPLIT_LETTERS} letters")
     _check_places(source, folder)
     settings = _settings(run, source)
     previous = _previous(folder, settings)
@@ -128,18 +136,21 @@ def shard(run: ShardRun) -> str:
     surveyed = survey(run, root, found)
     plans, too_short = plan_shards(run, surveyed.videos)
     quarantined = [*surveyed.quarantined, *too_short]
-    _check_share(run, surveyed, quarantined)
-    if not plans:
-        raise ValueError(f"{run.source} gives no clip: {_summary(quarantined) or 'it holds no video'}")
-
-    built = build_shards(run, surveyed.root, folder, plans, previous)
-    quarantined += [row for each in built for row in each.quarantined]
-    warning = _check_share(run, surveyed, quarantined)
+    built: list[Built] = []
+    reason = _refusal(run, surveyed, quarantined, sum(plan.clips for plan in plans))
+    if not reason:
+        built = build_shards(run, surveyed.root, folder, plans, previous)
+        quarantined += [row for each in built for row in each.quarantined]
+        reason = _refusal(run, surveyed, quarantined, sum(len(each.rows) for each in built))
     balance = _balance(surveyed, plans, built, quarantined)
-    manifest = _publish(folder, settings, balance, built, quarantined, previous)
     for line in _notes(surveyed, quarantined):
         print(line)
-    if warning:
+    if reason:
+        print(describe(balance))
+        raise ValueError(reason + _publish_reasons(folder, quarantined, previous))
+    _check_balance(balance, plans, built)
+    manifest = _publish(folder, settings, balance, built, quarantined, previous)
+    if warning := _excess(run, surveyed, quarantined):
         print(f"warning: {warning}")
     print(describe(balance))
     return f"dataset {manifest.sha256[:12]} in {folder}"
@@ -201,7 +212,12 @@ def plan_shards(run: ShardRun, videos: Sequence[Video]) -> tuple[list[Plan], lis
     ]
     v = max(5, len(str(len(videos) - 1)))
     c = max(4, len(str(max(map(len, starts), default=1) - 1)))
-    clips = ((i, Cut(f"v{i:0{v}d}-c{j:0{c}d}", start)) for i, each in enumerate(starts) for j, start in enumerate(each))
+    # The split's name comes first, so that tables of several splits can be joined.
+    clips = (
+        (i, Cut(f"{run.split}-v{i:0{v}d}-c{j:0{c}d}", start))
+        for i, each in enumerate(starts)
+        for j, start in enumerate(each)
+    )
     per_shard, plans = clips_per_shard(run), []
     while chunk := list(itertools.islice(clips, per_shard)):
         parts = [
@@ -281,20 +297,12 @@ def list_source(source: str) -> tuple[str, list[str]]:
     Raises:
         ValueError: there is nothing.
     """
-    if store.is_url(source):
-        import s3fs
-
-        system = s3fs.S3FileSystem(use_listings_cache=False)
-        prefix = source.split("://", 1)[1]
-        if system.isfile(source):
-            return source.rsplit("/", 1)[0], [source.rsplit("/", 1)[1]]
-        listing = sorted(str(path)[len(prefix) + 1 :] for path in system.find(source))
-    elif os.path.isfile(source):
-        return os.path.dirname(source), [os.path.basename(source)]
-    elif not os.path.isdir(source):
+    if store.is_file(source):
+        folder, name = source.rsplit("/", 1)
+        return folder or "/", [name]
+    if not store.is_url(source) and not os.path.isdir(source):
         raise ValueError(f"--source {source} does not exist; give a folder, a file, an s3:// URL or sim:NAME")
-    else:
-        listing = sorted(_walk(source))
+    listing = store.list_tree(source)
     strange = [path for path in listing if not path.isascii() and path != path.encode(errors="replace").decode()]
     if strange:
         raise ValueError(f"the name of {strange[0]!r} under --source is not UTF-8 and cannot be recorded; rename it")
@@ -303,40 +311,98 @@ def list_source(source: str) -> tuple[str, list[str]]:
     return source, listing
 
 
-def _walk(root: str) -> Iterator[str]:
-    seen: set[str] = set()
-    for folder, names, files in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        # Folders are often links to another disk; a link back up would never end.
-        names[:] = [name for name in names if os.path.realpath(os.path.join(folder, name)) not in seen]
-        for name in files:
-            yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+class _Source:
+    """Opens a task's input files and remembers a read that the storage refused.
+
+    A decoder reports such a read like damage in the file, or passes over it, so its error cannot tell the two apart.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._failed = ""
+
+    def open(self, path: str) -> BinaryIO:
+        with self.watch(path):
+            return cast(
+                BinaryIO, io.BufferedReader(_SourceFile(self, path, store.open_read(store.join(self._root, path))))
+            )
+
+    @contextlib.contextmanager
+    def watch(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any type: object storage has its own
+            # Kept as text: the error holds its frames, and HDF5 crashes at exit when a file of its lives on in one.
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            self._failed = self._failed or f"{path} in the source cannot be read ({reason})"
+            raise
+
+    def check(self) -> None:
+        """Raise what the storage answered.
+
+        Raises:
+            OSError: a file could not be opened or read, whatever it holds.
+        """
+        if self._failed:
+            raise OSError(f"{self._failed}; that says nothing about the video: mend the access and run again")
 
 
-def _open(root: str, path: str) -> BinaryIO:
-    return store.open_read(store.join(root, path))
+class _SourceFile(io.RawIOBase):
+    """A file known by its path in the source: decoders put a file's name into messages that are stored."""
+
+    mode = "rb"
+
+    def __init__(self, source: _Source, path: str, file: BinaryIO) -> None:
+        self.name, self._source, self._file = path, source, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        # Not watched: a damaged file makes its decoder seek to where nothing is.
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with self._source.watch(self.name):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _scan(layout: str, root: str, item: str) -> str:
     scan = LAYOUTS[layout].scan
     assert scan is not None
-    found = scan(_video(json.loads(item)), functools.partial(_open, root))
+    source = _Source(root)
+    try:
+        found = scan(_video(json.loads(item)), source.open)
+    finally:
+        source.check()
     return json.dumps(
         {"videos": found.videos, "ignored": found.ignored, "faults": found.faults}, default=dataclasses.asdict
     )
 
 
 def _probe(run: ShardRun, root: str, item: str) -> str:
-    video = _video(json.loads(item))
+    video, source = _video(json.loads(item)), _Source(root)
     try:
-        probed = LAYOUTS[run.layout].probe(video, functools.partial(_open, root))
+        probed = LAYOUTS[run.layout].probe(video, source.open)
         try:
             run.preprocessing().box(probed.height, probed.width)
         except ValueError as error:
             raise VideoError("bad-geometry", str(error)) from error
-    except (ValueError, OSError) as error:
-        return json.dumps({"fault": _fault(video, error)})
-    return json.dumps({"video": dataclasses.asdict(probed)})
+        result = {"video": dataclasses.asdict(probed)}
+    except ValueError as error:
+        result = {"fault": _fault(video, error)}
+    finally:
+        source.check()
+    return json.dumps(result)
 
 
 def _clips(run: ShardRun, root: str, parts: Sequence[Planned], quarantined: list[Quarantined]) -> Iterator[Clip]:
@@ -344,15 +410,17 @@ def _clips(run: ShardRun, root: str, parts: Sequence[Planned], quarantined: list
     if run.source.startswith("sim:"):
         yield from _simulate(run, parts)
         return
+    source = _Source(root)
     for part in parts:
-        open_file = functools.partial(_open, root)
-        clips = LAYOUTS[run.layout].read(part.video, open_file, part.cuts, run.preprocessing(), run.fps)
+        clips = LAYOUTS[run.layout].read(part.video, source.open, part.cuts, run.preprocessing(), run.fps)
         while True:
             try:
                 clip = next(clips, None)
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 quarantined.append(_quarantined(_fault(part.video, error), "build"))
-                break
+                clip = None
+            finally:
+                source.check()
             if clip is None:
                 break
             yield clip
@@ -583,46 +651,74 @@ def _previous(folder: str, settings: Mapping[str, Any]) -> dict[str, Any] | None
 
 
 def _intact(folder: str, previous: Mapping[str, Any], plans: Sequence[Plan]) -> dict[int, Built]:
-    """Find the shards of an earlier run that are as its manifest says.
+    """Find the shards of an earlier run that are as its manifest says, with what could not be built into them.
 
     Raises:
         ValueError: its index lists other clips than the plans, so the source has changed.
     """
     try:
         index = store.read_bytes(store.join(folder, "index.parquet"), previous["index"]["sha256"])
+        failures = _build_failures(folder, previous)
     except (FileNotFoundError, ValueError):
         return {}  # every shard is built again and compared with the manifest
     rows = pq.read_table(io.BytesIO(index)).to_pylist()
     listed = {name: list(group) for name, group in itertools.groupby(rows, key=lambda row: row["shard"])}
+    failed, entries = {row.source for row in failures}, {entry["name"]: entry for entry in previous["shards"]}
+    intact = {}
     for plan in plans:
-        there = [(row["key"], row["source"], row["start_frame"]) for row in listed.get(plan.name, [])]
-        if there != [(cut.key, part.video.source, cut.start) for part in plan.parts for cut in part.cuts]:
+        there = listed.get(plan.name, [])
+        keys = {row["key"] for row in there}
+        wanted = [
+            (cut.key, part.video.source, cut.start)
+            for part in plan.parts
+            for cut in part.cuts
+            if cut.key in keys or part.video.source not in failed
+        ]
+        lost = [part.video.source for part in plan.parts if any(cut.key not in keys for cut in part.cuts)]
+        # The table lists failures by shard, then by place in the shard.
+        failures, here = failures[len(lost) :], failures[: len(lost)]
+        same = [(row["key"], row["source"], row["start_frame"]) for row in there] == wanted
+        if not same or [row.source for row in here] != lost:
             raise ValueError(
                 f"{folder} already holds a dataset of other videos than the source holds now ({plan.name} differs); "
                 "choose another --out"
             )
-    entries = {entry["name"]: entry for entry in previous["shards"]}
-    intact = {}
-    for plan in plans:
-        path, entry = store.join(folder, plan.name), entries[plan.name]
-        if store.exists(path) and store.sha256_file(path) == entry["sha256"]:
-            intact[plan.shard] = Built(plan.name, entry["bytes"], entry["sha256"], listed[plan.name])
+        path, entry = store.join(folder, plan.name), entries.get(plan.name)
+        if entry is None:
+            intact[plan.shard] = Built(plan.name, 0, "", [], here)  # all its clips were lost
+        elif store.exists(path) and store.sha256_file(path) == entry["sha256"]:
+            intact[plan.shard] = Built(plan.name, entry["bytes"], entry["sha256"], there, here)
     return intact
 
 
-def _check_share(run: ShardRun, survey: Survey, quarantined: Sequence[Quarantined]) -> str:
-    """Compare the unusable share with the limit; below 100 inputs return a warning, or nothing.
+def _build_failures(folder: str, previous: Mapping[str, Any]) -> list[Quarantined]:
+    """Read what an earlier run could not build.
 
     Raises:
-        ValueError: of 100 inputs or more too many cannot be used.
+        FileNotFoundError: quarantine.parquet is missing, though clips were lost.
+        ValueError: it is not as the manifest says.
     """
+    if not previous["balance"]["lost"]:
+        return []
+    table = store.read_bytes(store.join(folder, "quarantine.parquet"), previous["quarantine"]["sha256"])
+    rows = [Quarantined(**row) for row in pq.read_table(io.BytesIO(table)).to_pylist()]
+    return [row for row in rows if row.stage == "build"]
+
+
+def _refusal(run: ShardRun, survey: Survey, quarantined: Sequence[Quarantined], clips: int) -> str:
+    """Say why there can be no dataset: too large a share is unusable, or no clip is left; empty if there can be one."""
+    excess = _excess(run, survey, quarantined)
+    if excess and _inputs(survey) >= STRICT_INPUTS:
+        return f"{excess}: {_summary(quarantined)}. Mend or remove them, or allow a larger share"
+    return "" if clips else f"{run.source} gives no clip: {_summary(quarantined) or 'it holds no video'}"
+
+
+def _excess(run: ShardRun, survey: Survey, quarantined: Sequence[Quarantined]) -> str:
+    """Say by how much the unusable share passes the limit; empty if it does not."""
     inputs, unusable = _inputs(survey), len({row.source for row in quarantined})
     if unusable <= run.max_quarantined * inputs:
         return ""
-    share = f"{unusable} of {inputs} inputs cannot be used, more than --max-quarantined {run.max_quarantined}"
-    if inputs >= 100:
-        raise ValueError(f"{share}: {_summary(quarantined)}. Mend or remove them, or allow a larger share")
-    return share
+    return f"{unusable} of {inputs} inputs cannot be used, more than --max-quarantined {run.max_quarantined}"
 
 
 def _inputs(survey: Survey) -> int:
@@ -646,14 +742,9 @@ def _notes(survey: Survey, quarantined: Sequence[Quarantined]) -> Iterator[str]:
 def _balance(
     survey: Survey, plans: Sequence[Plan], built: Sequence[Built], quarantined: Sequence[Quarantined]
 ) -> dict[str, int]:
-    """Count inputs and outputs independently of each other, and compare.
-
-    Raises:
-        ValueError: they do not add up.
-    """
+    """Count inputs and outputs independently of each other."""
     unusable = {row.source for row in quarantined}
     read = {part.video.source for plan in plans for part in plan.parts} - unusable
-    planned = [cut.key for plan in plans for part in plan.parts for cut in part.cuts]
     written = {row["key"] for shard in built for row in shard.rows}
     lost = [
         cut.key
@@ -662,7 +753,7 @@ def _balance(
         for cut in part.cuts
         if part.video.source in unusable and cut.key not in written
     ]
-    balance = {
+    return {
         "videos": _inputs(survey),
         "read": len(read),
         "quarantined": len(unusable),
@@ -671,10 +762,29 @@ def _balance(
         "clips": sum(len(shard.rows) for shard in built),
         "lost": len(lost),
     }
+
+
+def _check_balance(balance: Mapping[str, int], plans: Sequence[Plan], built: Sequence[Built]) -> None:
+    """Compare what went in with what came out.
+
+    Raises:
+        ValueError: they do not add up.
+    """
+    planned = [cut.key for plan in plans for part in plan.parts for cut in part.cuts]
+    written = {row["key"] for shard in built for row in shard.rows}
     closes = balance["videos"] == balance["read"] + balance["quarantined"]
     if not closes or len(planned) != balance["clips"] + balance["lost"] or written - set(planned):
         raise ValueError(f"the counts do not add up, nothing was published: {balance}, clips planned {len(planned)}")
-    return balance
+
+
+def _publish_reasons(folder: str, quarantined: Sequence[Quarantined], previous: Mapping[str, Any] | None) -> str:
+    """Leave the list of unusable inputs in the folder of a dataset that is not made, and say where it is."""
+    table = _quarantine_table(quarantined)
+    if not quarantined or (previous is not None and previous["quarantine"]["sha256"] != _entry(table)["sha256"]):
+        return ""  # the finished dataset that is there keeps its own list
+    path = store.join(folder, "quarantine.parquet")
+    store.publish(path, table)
+    return f"; all are listed in {path}"
 
 
 def _publish(
@@ -686,10 +796,8 @@ def _publish(
     previous: Mapping[str, Any] | None,
 ) -> store.Published:
     shards = [shard for shard in built if shard.rows]
-    if not shards:
-        raise ValueError(f"no clip could be written: {_summary(quarantined)}")
     index = _parquet(INDEX_SCHEMA, [shard.rows for shard in shards])
-    table = _parquet(QUARANTINE_SCHEMA, [[row._asdict() for row in quarantined]])
+    table = _quarantine_table(quarantined)
     size = settings["preprocessing"]["size"]
     manifest = {
         **settings,
@@ -712,9 +820,16 @@ def _publish(
         raise ValueError(
             f"{folder} already holds a dataset of other content (the source has changed since); choose another --out"
         )
+    for shard in built:
+        if not shard.rows:
+            store.remove(store.join(folder, shard.name))
     store.publish(store.join(folder, "index.parquet"), index)
     store.publish(store.join(folder, "quarantine.parquet"), table)
     return store.publish_json(store.join(folder, "manifest.json"), manifest)
+
+
+def _quarantine_table(quarantined: Sequence[Quarantined]) -> bytes:
+    return _parquet(QUARANTINE_SCHEMA, [[row._asdict() for row in quarantined]])
 
 
 def _entry(data: bytes) -> dict[str, Any]:

@@ -83,6 +83,11 @@ def exists(path: str) -> bool:
     return bool(filesystem().exists(path)) if is_url(path) else os.path.exists(path)
 
 
+def is_file(path: str) -> bool:
+    """Tell whether a file is there, and not a folder."""
+    return bool(filesystem().isfile(path)) if is_url(path) else os.path.isfile(path)
+
+
 def open_read(path: str) -> BinaryIO:
     """Open a file for reading.
 
@@ -217,6 +222,17 @@ def list_names(folder: str) -> list[str]:
         return []
 
 
+def list_tree(folder: str) -> list[str]:
+    """List all files in a folder and its sub-folders, relative to it with ``/`` between names, sorted.
+
+    Links to folders are followed, each folder once. What is no folder holds no files.
+    """
+    if is_url(folder):
+        prefix = folder.split("://", 1)[1].rstrip("/") + "/"
+        return sorted(str(path).removeprefix(prefix) for path in filesystem().find(folder))
+    return sorted(_walk(folder))
+
+
 def remove(path: str) -> None:
     """Remove a file if it is there."""
     with contextlib.suppress(FileNotFoundError):
@@ -233,6 +249,16 @@ def remove_tree(path: str) -> None:
             filesystem().rm(path, recursive=True)
         else:
             shutil.rmtree(path)
+
+
+def _walk(root: str) -> Iterator[str]:
+    seen: set[str] = set()
+    for folder, names, files in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        # Folders are often links to another disk; a link back up would never end.
+        names[:] = [name for name in names if os.path.realpath(os.path.join(folder, name)) not in seen]
+        for name in files:
+            yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
 
 
 def _create_object(path: str, data: bytes) -> bool:

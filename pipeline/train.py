@@ -1,11 +1,13 @@
-"""Ray Train around ``loop.py``: the same loop on N workers, restarted by Ray when one dies.
+"""Ray Train around ``loop.py``: the same loop on N workers, started again when one dies.
 
-Ray decides where workers run and when they start again; everything else is the loop's and the run folder's. Ray's own
-storage is ``RUN/.ray``; it holds nothing that a run needs and may be deleted.
+Ray decides where workers run; everything else is the loop's and the run folder's. Ray's own storage is ``RUN/.ray``;
+it holds nothing that a run needs and is removed at the end.
 """
 
 import contextlib
+import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -13,10 +15,12 @@ from typing import Any
 from pipeline import cluster, loop, report, store
 from pipeline.config import TrainRun
 
-MAX_FAILURES = 3
-"""Restarts of the group of workers before the run gives up."""
+MAX_RESTARTS = 3
+"""Times that the group of workers is started again after one of them died."""
 FOLLOW_SECONDS = 1.0
-"""How often the driver looks for new lines of metrics."""
+"""How often the driver looks for new lines of metrics in a local run folder."""
+OWN_ERRORS = (ValueError, FloatingPointError, FileNotFoundError)
+"""What a worker raises on purpose; starting it again would only raise it again."""
 
 
 def train(run: TrainRun) -> str:
@@ -24,18 +28,33 @@ def train(run: TrainRun) -> str:
 
     Raises:
         ValueError: settings or data that cannot work.
-        ChildProcessError: the workers failed more than ``MAX_FAILURES`` times.
+        FloatingPointError: the loss stayed non-finite.
+        ChildProcessError: workers died more than ``MAX_RESTARTS`` times.
     """
+    cluster.connect(num_cpus=run.workers + 1)  # before torch and the data: a cluster that is away is said at once
     run = loop.open_run(run)
     print(f"run folder: {run.out}", flush=True)
-    cluster.connect(num_cpus=run.workers + 1)
     cluster.require_shared([path for path in (run.out, run.data) if not path.startswith("sim:")])
-    # imported after Ray is up: the two together take seconds, and a refused run should not wait for them
+    use_gpu = _use_gpu(run)
+    with _follow(run):
+        for restarts in range(MAX_RESTARTS + 1):
+            try:
+                _fit(run, use_gpu)
+                break
+            except ChildProcessError as error:
+                if restarts == MAX_RESTARTS:
+                    raise
+                print(f"{error}; starting again from the last checkpoint", file=sys.stderr, flush=True)
+    report.write_run_report(run.out)
+    return run.out
+
+
+def _fit(run: TrainRun, use_gpu: bool) -> None:
+    """Run the workers once, from the last checkpoint to the end."""
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    use_gpu = _use_gpu(run)
     scratch = store.join(run.out, ".ray")
     store.remove_tree(scratch)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -48,18 +67,22 @@ def train(run: TrainRun) -> str:
             name=".ray",
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=FailureConfig(max_failures=0),  # restarted by us: Ray would also repeat our own errors
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    with _follow(run):
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise ChildProcessError(_reason(error)) from error
-    store.remove_tree(scratch)
-    report.write_run_report(run.out)
-    return run.out
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        failures = list(getattr(error, "worker_failures", {}).values())
+        for failure in failures:
+            cause = getattr(failure, "cause", failure)
+            if isinstance(cause, OWN_ERRORS):
+                raise cause from None
+        first = str(failures[0] if failures else error).strip().rpartition("\n")[2]
+        raise ChildProcessError(f"a training worker failed: {first}") from error
+    finally:
+        store.remove_tree(scratch)
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -71,34 +94,44 @@ def _work(config: dict[str, Any]) -> None:
     run: TrainRun = config["run"]
     context = get_context()
     world = context.get_world_size()
-    device = get_device() if config["use_gpu"] else torch.device("cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // run.workers))
+    if not store.exists(store.join(run.out, "config.json")):
+        raise FileNotFoundError(
+            f"a worker does not see {run.out}, where the run was opened; give an --out (and --data) that every node "
+            "shares, or s3://"
+        )
 
     def wrap(model: torch.nn.Module) -> torch.nn.Module:
         return prepare_model(model) if world > 1 else model
 
-    loop.train(run, loop.Worker(context.get_world_rank(), world, device, wrap, report))
+    worker = loop.Worker(
+        rank=context.get_world_rank(),
+        world=world,
+        local_world=context.get_local_world_size(),
+        device=get_device() if config["use_gpu"] else torch.device("cpu"),
+        wrap=wrap,
+        report=report,
+    )
+    loop.train(run, worker)
 
 
 @contextlib.contextmanager
 def _follow(run: TrainRun) -> Iterator[None]:
-    """Show the run's progress from its ``metrics.jsonl`` while the workers, wherever they are, write it."""
+    """Show the run's progress from its metrics while the workers, wherever they are, write them."""
     stop = threading.Event()
+    pause = loop.PUBLISH_SECONDS if store.is_url(run.out) else FOLLOW_SECONDS
 
-    def follow(progress: loop.Progress, seen: int) -> None:
+    def follow(progress: loop.Progress, lines: "_Lines") -> None:
         done = False
         while not done:
-            done = stop.wait(FOLLOW_SECONDS)
-            lines = loop.read_metrics(run.out)
-            if len(lines) < seen:  # a restarted worker dropped the lines after its checkpoint
-                seen = len(lines)
-            for line in lines[seen:]:
-                progress.show(line)
-            seen = len(lines)
+            done = stop.wait(pause)
+            with contextlib.suppress(OSError):  # the next look reads it
+                for line in lines.new():
+                    progress.show(line)
 
     with loop.progress_of(run) as progress:
-        thread = threading.Thread(target=follow, args=(progress, len(loop.read_metrics(run.out))), daemon=True)
+        lines = _Lines(run.out)
+        lines.new()
+        thread = threading.Thread(target=follow, args=(progress, lines), daemon=True)
         thread.start()
         try:
             yield
@@ -107,14 +140,48 @@ def _follow(run: TrainRun) -> Iterator[None]:
             thread.join()
 
 
+class _Lines:
+    """The lines that ``metrics.jsonl`` gained since the last look."""
+
+    def __init__(self, out: str) -> None:
+        self.path = store.join(out, "metrics.jsonl")
+        self.offset = 0
+        self.shown: set[tuple[int, str]] = set()
+
+    def new(self) -> list[dict[str, Any]]:
+        """Complete lines not returned before; those that a restarted worker repeats are left out."""
+        if not store.exists(self.path):
+            return []
+        with store.open_read(self.path) as file:
+            if file.seek(0, os.SEEK_END) < self.offset:  # a restarted worker dropped what came after its checkpoint
+                self.offset = 0
+            file.seek(self.offset)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        lines = [line for line in map(json.loads, whole.splitlines()) if (line["step"], line["kind"]) not in self.shown]
+        self.shown.update((line["step"], line["kind"]) for line in lines)
+        return lines
+
+
 def _use_gpu(run: TrainRun) -> bool:
-    """Whether workers take a GPU: asked of the cluster, since the driver's machine may have none."""
+    """Whether workers take a GPU: asked of the cluster, since the driver's machine may have none.
+
+    ``cuda`` asks for GPUs even where none is up yet: an autoscaling cluster starts them on demand. ``auto`` takes what
+    is there now.
+
+    Raises:
+        ValueError: ``cuda`` on a private Ray of a machine without enough GPUs.
+    """
     import ray
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    if run.device == "cuda" and gpus < run.workers:
-        raise ValueError(f"device=cuda with workers={run.workers}, but the cluster has {gpus} GPUs; lower --workers")
-    return run.device == "cuda" or (run.device == "auto" and gpus >= run.workers)
+    if run.device != "cuda" or gpus >= run.workers:
+        return run.device == "cuda" or (run.device == "auto" and gpus >= run.workers)
+    if not cluster.is_joined():
+        raise ValueError(f"device=cuda with workers={run.workers}, but this machine has {gpus} GPUs; lower --workers")
+    print(f"waiting for {run.workers} GPUs; the cluster has {gpus} now", file=sys.stderr, flush=True)
+    return True
 
 
 def _ray_storage(out: str) -> tuple[str, Any]:
@@ -124,12 +191,3 @@ def _ray_storage(out: str) -> tuple[str, Any]:
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     return out.partition("://")[2], PyFileSystem(FSSpecHandler(store.filesystem()))
-
-
-def _reason(error: Exception) -> str:
-    """The first worker's own message, without Ray's layers around it."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        first = next(iter(failures.values()))
-        return f"training failed on a worker: {first}"
-    return f"training failed: {error}"

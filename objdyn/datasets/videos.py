@@ -1,7 +1,10 @@
 """A folder of video files, in any sub-folders: mp4, avi, webm, mov, gif, mkv."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
 
 from objdyn.clips import Clip, probe_video, video_frames
 from objdyn.datasets.preprocessing import Preprocessing
@@ -54,6 +57,15 @@ def read(
         ValueError: the video does not decode as far as it must, or the crop leaves its frames.
     """
     with open_file(video.files[0]) as file:
-        yield from cut_clips(
-            video, cuts, preprocessing, fps, lambda wanted: video_frames(file, wanted, video.keyframes)
-        )
+        yield from cut_clips(video, cuts, preprocessing, fps, lambda wanted: _frames(file, wanted, video.keyframes))
+
+
+def _frames(
+    file: BinaryIO, wanted: Collection[int], keyframes: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, np.ndarray]]:
+    from av.error import FFmpegError
+
+    try:
+        yield from video_frames(file, wanted, keyframes)
+    except FFmpegError as error:  # some are OSErrors too, but all that FFmpeg sees is the data
+        raise VideoError("unreadable", f"FFmpeg cannot convert a frame: {error.strerror}") from error

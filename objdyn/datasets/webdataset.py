@@ -5,6 +5,7 @@ Members are read in place through their offset; nothing is extracted and nothing
 
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, cast
 
@@ -23,9 +24,13 @@ def find(listing: Sequence[str]) -> Found:
 
 
 def scan(container: Video, open_file: Open) -> Found:
-    """List the videos of a tar in its order; a tar without its end is a fault beside what was found before."""
+    """List the videos of a tar in its order; a tar without its end is a fault beside what was found before.
+
+    A tar may hold several members of one name; each is a video, the second is called ``NAME#2``.
+    """
     path = container.files[0]
     found, ignored, end = [], 0, 0
+    seen: Counter[str] = Counter()
     try:
         with open_file(path) as file:
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -33,6 +38,8 @@ def scan(container: Video, open_file: Open) -> Found:
                     end = member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
                     if member.isreg() and not member.issparse() and videos.is_video(member.name):
                         label = member.name.lstrip("/").encode(errors="replace").decode()
+                        seen[label] += 1
+                        label += f"#{seen[label]}" if seen[label] > 1 else ""
                         found.append(Video(f"{path}/{label}", (path,), (member.offset_data, member.size)))
                     else:
                         ignored += not member.isdir()

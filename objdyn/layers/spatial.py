@@ -3,7 +3,7 @@
 A position is (y, x) in [-1, 1], y down, ``align_corners=True``: pixel p of n has coordinate 2 p / (n - 1) - 1. All
 resampling here is bilinear and separable (scale and shift only), so a glimpse is two small matrix products, and the
 same hat function serves cutting and pasting. Equal to ``affine_grid`` + ``grid_sample`` with zero padding (tested).
-Cutting and pasting stay in the precision of their inputs under autocast: bf16 weights would blur positions.
+Everything here keeps the precision of its inputs under autocast: bf16 would blur positions.
 """
 
 import torch
@@ -87,10 +87,11 @@ def spatial_softmax(
     Variances are at least 1e-6. Source: DDLP, appendix D.2.
     """
     h, w = maps.shape[-2:]
-    probability = maps.flatten(1).softmax(-1).view_as(maps)
-    y, x = pixel_axis(h, maps), pixel_axis(w, maps)
-    rows, columns = probability.sum(2), probability.sum(1)
-    mean = torch.stack([rows @ y, columns @ x], dim=-1)
-    square = torch.stack([rows @ y.square(), columns @ x.square()], dim=-1)
-    covariance = torch.einsum("nhw,h,w->n", probability, y, x) - mean[:, 0] * mean[:, 1]
+    with torch.autocast(maps.device.type, enabled=False):
+        probability = maps.flatten(1).softmax(-1).view_as(maps)
+        y, x = pixel_axis(h, maps), pixel_axis(w, maps)
+        rows, columns = probability.sum(2), probability.sum(1)
+        mean = torch.stack([rows @ y, columns @ x], dim=-1)
+        square = torch.stack([rows @ y.square(), columns @ x.square()], dim=-1)
+        covariance = torch.einsum("nhw,h,w->n", probability, y, x) - mean[:, 0] * mean[:, 1]
     return mean, (square - mean.square()).clamp_min(1e-6), covariance

@@ -534,7 +534,7 @@ def match_template(
 
     and each map is then shifted and scaled to span [0, 1]. Carries no gradient. Source: DDLP, section 4.2.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(window.device.type, enabled=False):
         b, k, _, s, _ = window.shape
         before, after = s // 2 - 1, s // 2
         padded = F.pad(window.flatten(0, 1), (before, after, before, after), mode="replicate")
@@ -648,9 +648,11 @@ class PINT(nn.Module):
         if frames > self.max_frames:
             raise ValueError(f"PINT was built for up to {self.max_frames} frames, got {frames}")
         fields = (latents.position, latents.scale, latents.transparency[..., None], latents.depth[..., None])
-        projected = [net(field) for net, field in zip(self.project_fields, (*fields, latents.features), strict=True)]
-        particles = self.project_particle(torch.cat(projected, dim=-1))
-        background = self.project_background(latents.background).unsqueeze(2)
+        fields = (*fields, latents.features)
+        with torch.autocast(latents.position.device.type, enabled=False):  # velocities are small differences
+            projected = [net(field) for net, field in zip(self.project_fields, fields, strict=True)]
+            particles = self.project_particle(torch.cat(projected, dim=-1))
+            background = self.project_background(latents.background).unsqueeze(2)
         tokens = torch.cat([particles, background], dim=2)  # (b, t, k + 1, d)
         shape = tokens.shape[1:3]
         tokens = tokens.flatten(1, 2)

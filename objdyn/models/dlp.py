@@ -222,7 +222,7 @@ class GlimpseDecoder(nn.Module):
         widths = [TRUNK_CHANNELS] + [64] * doublings
         blocks = [ConvBlock(a, b, upsample=True) for a, b in itertools.pairwise(widths)]
         self.net = nn.Sequential(
-            MLP(feature_dim, HIDDEN, HIDDEN, TRUNK_CHANNELS * 8 * 8),
+            MLP(feature_dim, HIDDEN, HIDDEN, TRUNK_CHANNELS * 8 * 8, final_activation=True),
             nn.Unflatten(-1, (TRUNK_CHANNELS, 8, 8)),
             *blocks,
             ConvBlock(widths[-1], TRUNK_CHANNELS),

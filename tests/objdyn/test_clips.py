@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ from objdyn.clips import (
     from_sample,
     probe_video,
     read_video,
+    stack_truth,
     to_frames,
     to_model_input,
     to_sample,
@@ -207,6 +209,26 @@ def test_batches_of_unequal_or_float_clips_are_refused() -> None:
         collate([make_clip(), make_clip((5, 8, 8, 3), key="b")])
     with pytest.raises(ValueError, match="no clips"):
         collate([])
+
+
+def test_truth_is_stacked_by_name_in_the_clips_order() -> None:
+    def with_truth(key: str, count: int, objects: int = 2) -> Clip:
+        positions = np.full((5, objects, 2), count / 10, np.float32)
+        return dataclasses.replace(
+            make_clip(key=key), truth={"positions": positions, "num_objects": np.array(count, np.int64)}
+        )
+
+    clips = [with_truth("a", 1), with_truth("b", 2)]
+    stacked = stack_truth(clips, ("num_objects", "positions"))
+    assert list(stacked) == ["num_objects", "positions"]
+    assert torch.equal(stacked["num_objects"], torch.tensor([1, 2]))
+    assert stacked["positions"].shape == (2, 5, 2, 2)
+    assert np.array_equal(stacked["positions"][1].numpy(), clips[1].truth["positions"])
+    assert stack_truth(clips, ()) == {}
+    with pytest.raises(ValueError, match="clip a has no truth 'present', which the model takes as input"):
+        stack_truth(clips, ("present",))
+    with pytest.raises(ValueError, match=r"one shape: a has \(5, 2, 2\), c has \(5, 3, 2\)"):
+        stack_truth([*clips, with_truth("c", 3, objects=3)], ("positions",))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from objdyn import families
 from objdyn.families import FAMILIES
 from objdyn.interface import Loss, Scene
+from pipeline.checkpoint import config_from_json
 from pipeline.presets import PRESETS
 
 
@@ -155,15 +156,15 @@ def test_weights_and_config_survive_saving(case: Case) -> None:
     with torch.no_grad():
         assert_equal(model.encode(case.video()), other.encode(case.video()))
     fields = json.loads(json.dumps(dataclasses.asdict(case.config)))
-    assert families.config_from_fields(case.name, fields) == case.config
+    assert config_from_json(case.family.config, fields) == case.config
     assert families.family_of(case.config) == case.name
 
 
 def test_unknown_settings_are_refused(case: Case) -> None:
     with pytest.raises(ValueError, match="has no field colour"):
-        families.config_from_fields(case.name, {"colour": 1})
-    with pytest.raises(ValueError, match="unknown family 'dldp'"):
-        families.config_from_fields("dldp", {})
+        config_from_json(case.family.config, {"colour": 1})
+    with pytest.raises(ValueError, match="str is the config of no family; known: ddlp"):
+        families.family_of("dldp")
 
 
 def test_thirty_steps_on_one_clip_lower_the_loss(case: Case) -> None:

@@ -1,4 +1,5 @@
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from objdyn.clips import Clip
 from objdyn.families import FAMILIES, build
 from objdyn.simulators import SIMULATORS, Simulator
+from pipeline import cli
 from pipeline.checkpoint import config_to_json, save_checkpoint
-from pipeline.config import EvaluateRun
-from pipeline.evaluate import evaluate, median_frame
+from pipeline.config import EvaluateRun, ShardRun
+from pipeline.evaluate import MED_STEPS, evaluate, median_frame
 from pipeline.presets import PRESETS
 from pipeline.reader import open_source
 
@@ -74,13 +76,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+def balls_run(checkpoint: str, out: Path) -> EvaluateRun:
+    return EvaluateRun(
+        checkpoint, "sim:balls-interaction", str(out), context=4, horizon=10, limit=2, report_clips=1, device="cpu"
+    )
+
+
 @pytest.fixture(scope="module")
 def balls(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("evaluation")
-    run = EvaluateRun(
-        checkpoint, "sim:balls-interaction", str(out), context=4, horizon=10, limit=2, report_clips=1, device="cpu"
-    )
-    return evaluate(run), out
+    return evaluate(balls_run(checkpoint, out)), out
 
 
 def test_every_key_is_written_with_a_value_or_a_reason(balls: tuple[dict[str, Any], Path]):
@@ -92,7 +97,13 @@ def test_every_key_is_written_with_a_value_or_a_reason(balls: tuple[dict[str, An
     assert {"model", "dataset", "split", "clips", "context", "horizon", "command"} <= metrics.keys()
     assert metrics["dataset"] == "sim:balls-interaction/test"
     assert metrics["clips"] == 2
-    assert "--horizon" not in metrics["command"].replace("--horizon 10", "")
+
+
+def test_the_stored_command_gives_the_same_run(balls: tuple[dict[str, Any], Path], checkpoint: str):
+    metrics, out = balls
+    program, job, *words = shlex.split(metrics["command"])
+    assert (program, job) == ("python", "jobs/evaluate.py")
+    assert cli.parse(EvaluateRun, words, description="") == balls_run(checkpoint, out)
 
 
 def test_curves_average_to_the_summary_and_intervals_hold_it(balls: tuple[dict[str, Any], Path]):
@@ -178,6 +189,32 @@ def test_horizon_zero_measures_reconstruction_only(checkpoint: str, tmp_path: Pa
     assert metrics["coverage_3px"] is not None
     assert metrics["predict_psnr"] is None
     assert metrics["reasons"]["copy_last_med10"] == "horizon is 0, so nothing was predicted"
+
+
+@pytest.mark.parametrize(
+    ("frames", "horizon", "reason"),
+    [
+        (14, 4, None),
+        (60, 40, None),
+        (10, 0, "the clips hold 10 frames, so none is left to predict after a context of 10"),
+    ],
+)
+def test_without_a_horizon_the_rest_of_the_clip_is_predicted(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int, horizon: int, reason: str | None
+):
+    def still(split: str, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        return np.zeros((frames, 64, 64, 3), dtype=np.uint8), {}
+
+    data = register(monkeypatch, still, {"test": 1}, frames)
+    metrics = run_on(checkpoint, data, tmp_path, context=10, horizon=None)
+    assert metrics["horizon"] == horizon
+    assert len(metrics["curves"].get("predict_psnr", ())) == horizon
+    assert metrics["recon_psnr"] is not None
+    assert metrics["reasons"].get("predict_psnr") == reason
+
+
+def test_default_clips_fill_med10_after_the_default_context():
+    assert ShardRun(source="s", out="o").frames - EvaluateRun("c", "d", "o").context >= MED_STEPS
 
 
 def test_family_without_rollout_has_null_predictions(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

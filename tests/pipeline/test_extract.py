@@ -111,14 +111,14 @@ def write_dataset(folder: Path, sizes: tuple[int, ...] = SHARDS) -> str:
     return str(folder)
 
 
-def write_checkpoint(folder: Path, seed: int) -> str:
-    """A run folder with one checkpoint of an untrained DDLP."""
+def write_checkpoint(folder: Path, seed: int, step: int = 0, best: bool = False) -> str:
+    """A run folder with one more checkpoint of an untrained DDLP."""
     run = PRESETS["ddlp"]["debug"]
     torch.manual_seed(seed)
     model = build(run.model)
     optimizer = torch.optim.Adam(model.parameters())
     state = {"family": "ddlp", "model": config_to_json(run.model), "run": config_to_json(run)}
-    save_checkpoint(str(folder), 0, model=model, optimizer=optimizer, state=state, keep_last=1)
+    save_checkpoint(str(folder), step, model=model, optimizer=optimizer, state=state, keep_last=1, best=best)
     return str(folder)
 
 
@@ -248,7 +248,7 @@ def test_a_family_that_is_not_causal_encodes_the_context_alone(checkpoint: str):
 def test_truth_that_the_family_needs_must_be_there(checkpoint: str):
     family = FAMILIES["ddlp"]._replace(inputs=("num_objects",))
     clip = Clip("clip-0", video(0), 25.0, 0, 1, "0.mp4")
-    with pytest.raises(ValueError, match="needs num_objects for each clip, which clip clip-0 does not have"):
+    with pytest.raises(ValueError, match="clip clip-0 has no truth 'num_objects'"):
         clip_blocks(load_model(checkpoint).model, family, [clip])
 
 
@@ -456,6 +456,22 @@ def test_impossible_settings_are_refused(make_run: Callable[..., ExtractRun], se
 def test_a_context_longer_than_the_clips_is_refused(make_run: Callable[..., ExtractRun]):
     with pytest.raises(ValueError, match=r"--context 6 asks for more frames than a clip of .* has \(5\)"):
         extract(make_run(context=6))
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_the_best_checkpoint_can_be_chosen_and_is_told_by_its_model(
+    make_run: Callable[..., ExtractRun], tmp_path: Path
+):
+    run_dir = write_checkpoint(tmp_path / "run", seed=1, best=True)
+    write_checkpoint(tmp_path / "run", seed=2, step=5)
+    settings: dict[str, Any] = {"checkpoint": run_dir, "limit": 1, "context": None, "horizon": None}
+    best, last = make_run("best", which="best", **settings), make_run("last", **settings)
+    for run, step in ((best, 0), (last, 5)):
+        extract(run)
+        loaded = load_model(f"{run_dir}/checkpoints/step-{step:08d}")
+        assert tables.read_manifest(run.out)["model_id"] == loaded.model_id
+    with pytest.raises(ValueError, match="holds tables with model_id"):
+        extract(dataclasses.replace(last, out=best.out))
 
 
 @pytest.mark.usefixtures("without_ray")

@@ -1,6 +1,9 @@
 import dataclasses
 import io
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,25 @@ def test_a_resumed_run_is_bit_identical(undisturbed: Path, tmp_path: Path) -> No
     assert steps == [2, 4, 6]
 
 
+def test_a_killed_run_resumes_bit_identical(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    # the run of `undisturbed` as a command line
+    settings = {"optim.batch_size": 2, "threads": 1, "checkpoint_every": 2, "log_every": 2, "eval_every": 4}
+    words = ["debug", "--out", str(folder), "--steps", "6"]
+    words += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    process = subprocess.Popen([sys.executable, "-m", "pipeline.loop", *words], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "last.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)  # into the steps, the evaluation or the save that follow
+    process.kill()
+    process.wait()
+    assert loop.main([*words, "--resume"]) == 0
+    ours, theirs = sha256_of_last(folder), sha256_of_last(undisturbed)
+    assert ours["model.safetensors"] == theirs["model.safetensors"]
+    assert ours["optimizer.safetensors"] == theirs["optimizer.safetensors"]
+
+
 def test_resuming_a_finished_run_changes_nothing(undisturbed: Path) -> None:
     before = sha256_of_last(undisturbed)
     assert loop.train(loop.open_run(run_in(undisturbed, resume=True))).endswith("step-00000006")
@@ -109,6 +131,31 @@ def test_wrong_data_leaves_no_run_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.image_size": 128, "model.patch_size": 16}, "--size 128"),
+        ({"clip_frames": 7}, "must have 3 to 6 frames"),
+        ({"clip_frames": 101}, "clip_frames=101"),
+    ],
+)
+def test_data_that_do_not_fit_the_model_leave_no_run_folder(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    run = dataclasses.replace(DEBUG, out=str(tmp_path / "run"))
+    model = {k.removeprefix("model."): v for k, v in changes.items() if k.startswith("model.")}
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **model))
+    run = with_overrides(run, {k: v for k, v in changes.items() if not k.startswith("model.")})
+    with pytest.raises(ValueError, match=message):
+        loop.open_run(run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_without_out_is_refused() -> None:
+    with pytest.raises(ValueError, match="--resume needs --out"):
+        loop.open_run(dataclasses.replace(DEBUG, resume=True))
+
+
 def test_without_out_the_next_free_folder_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     first = loop.open_run(dataclasses.replace(DEBUG, out=""))
@@ -116,13 +163,12 @@ def test_without_out_the_next_free_folder_is_taken(tmp_path: Path, monkeypatch: 
     assert [first.out, second.out] == [str(tmp_path / f"objdyn/runs/ddlp-00{n}") for n in (1, 2)]
 
 
-def test_losses_that_stay_non_finite_stop_the_run_naming_the_clips(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_losses_that_stay_non_finite_stop_the_run_naming_the_clips(tmp_path: Path) -> None:
     run = loop.open_run(run_in(tmp_path / "run", **{"optim.lr": 1e30, "steps": 20, "checkpoint_every": 20}))
     with pytest.raises(FloatingPointError, match=r"5 steps in a row.*train-\d{6}.*optim.clip_norm"):
         loop.train(run)
-    assert capsys.readouterr().err.count("skipped") == 5
+    skipped = [line["clips"] for line in loop.read_metrics(run.out) if line["kind"] == "skipped"]
+    assert [len(keys) for keys in skipped] == [2] * 5
     assert checkpoint.last_step(run.out) is None
 
 

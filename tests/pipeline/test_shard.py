@@ -114,7 +114,7 @@ def test_index_leads_to_every_member(dataset: Path) -> None:
             levels = 5 * (clip.start_frame + 2 * np.arange(5))
             assert np.abs(clip.frames.mean(axis=(1, 2, 3)) - levels).max() < 2.5
             keys.append(row["key"])
-    assert keys == [f"v00000-c{i:04d}" for i in range(3)] + [f"v00001-c{i:04d}" for i in range(4)]
+    assert keys == [f"train-v00000-c{i:04d}" for i in range(3)] + [f"train-v00001-c{i:04d}" for i in range(4)]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # the library leaves closing its file to the collector
@@ -122,7 +122,7 @@ def test_tars_are_readable_by_webdataset_and_belong_to_nobody(dataset: Path) -> 
     from webdataset.compat import WebDataset
 
     samples = list(WebDataset(str(dataset / "shard-00001.tar"), shardshuffle=False))
-    assert [sample["__key__"] for sample in samples] == ["v00001-c0000", "v00001-c0001", "v00001-c0002"]
+    assert [sample["__key__"] for sample in samples] == [f"train-v00001-c{i:04d}" for i in range(3)]
     assert json.loads(samples[0]["json"])["source"] == "b.mp4"
     with tarfile.open(dataset / "shard-00001.tar") as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar} == {(0, 0, 0, "objdyn", "objdyn")}
@@ -195,7 +195,7 @@ def test_a_video_that_fails_while_building_is_quarantined_with_its_clips_lost(so
     item = json.dumps({"plan": plan, "sha256": None}, default=dataclasses.asdict)
     built = json.loads(build_shard(run, str(source), str(tmp_path / "train"), item))
     assert [row[:3] for row in built["quarantined"]] == [["a.mp4", "build", "changed"]]
-    assert [row["key"] for row in built["rows"]][-3:] == ["v00001-c0000", "v00001-c0001", "v00001-c0002"]
+    assert [row["key"] for row in built["rows"]][-3:] == [f"train-v00001-c{i:04d}" for i in range(3)]
 
 
 def test_too_large_a_quarantined_share_fails_from_100_inputs_on(source: Path, tmp_path: Path) -> None:
@@ -205,13 +205,11 @@ def test_too_large_a_quarantined_share_fails_from_100_inputs_on(source: Path, tm
         rows = [Quarantined(f"bad{i}", "probe", "unreadable", "x") for i in range(unusable)]
         good = tuple(dataclasses.replace(videos[0], source=str(i)) for i in range(inputs - unusable))
         surveyed = Survey(str(source), good, tuple(rows), 0)
+        reason = sharding._refusal(run, surveyed, rows, 1)
+        assert bool(reason) == fails
+        assert bool(sharding._excess(run, surveyed, rows)) == (unusable > 0.01 * inputs)
         if fails:
-            with pytest.raises(
-                ValueError, match=r"2 of 100 inputs cannot be used, more than --max-quarantined 0\.01: bad0"
-            ):
-                sharding._check_share(run, surveyed, rows)
-        else:
-            assert bool(sharding._check_share(run, surveyed, rows)) == (unusable > 0.01 * inputs)
+            assert reason.startswith("2 of 100 inputs cannot be used, more than --max-quarantined 0.01: bad0")
 
 
 def test_a_dying_worker_is_named_and_never_looped_on() -> None:
@@ -313,7 +311,7 @@ def test_real_data_balance(shared: Path, tmp_path: Path, capsys: pytest.CaptureF
         (
             "images",
             {"layout": "frames", "crop": "0,0,99,9"},
-            r"gives no clip: folder \(bad-geometry: crop 0,0,99,9 leaves",
+            r"gives no clip: folder \(bad-geometry: crop 0,0,99,9 leaves.*all are listed in .*/quarantine\.parquet",
         ),
         ("sim:nothing", {}, "there are sim:balls-interaction"),
         ("sim:balls-interaction", {"size": 32}, "give --size 64"),
@@ -328,7 +326,8 @@ def test_useless_sources_are_refused(tmp_path: Path, source: str, changes: dict[
     where = source if source.startswith("sim:") else str(tmp_path / source)
     with pytest.raises(ValueError, match=message):
         shard(run_of(where, tmp_path / "out", **changes))
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out/train/manifest.json").exists()
+    assert (tmp_path / "out").exists() == message.startswith("gives no clip")
 
 
 def test_output_inside_the_source_is_refused(source: Path) -> None:
@@ -341,7 +340,8 @@ def test_output_inside_the_source_is_refused(source: Path) -> None:
     [
         ({"crop": "1,2,3"}, "x0,y0,x1,y1"),
         ({"crop": "5,0,2,9"}, "x0 < x1"),
-        ({"split": "a/b"}, "split"),
+        ({"split": "a/b"}, "split must be a name of lower-case letters"),
+        ({"split": "Val.2"}, "split must be a name of lower-case letters"),
         ({"frames": 0}, "frames"),
         ({"max_quarantined": 2.0}, "max_quarantined"),
         ({"clips_per_shard": 0}, "clips_per_shard"),

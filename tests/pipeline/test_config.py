@@ -1,0 +1,34 @@
+"""What the runs' settings offer beside their fields."""
+
+import pytest
+import torch
+
+from pipeline.config import flatten_settings, torch_device
+
+
+def test_nested_settings_get_dotted_names() -> None:
+    nested = {"steps": 3, "optim": {"lr": 0.1, "betas": [0.9, 0.99], "more": {"a": None}}, "empty": {}}
+    assert flatten_settings(nested) == {"steps": 3, "optim.lr": 0.1, "optim.betas": [0.9, 0.99], "optim.more.a": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "workers", "gpu", "chosen"),
+    [
+        ("auto", 1, True, "cuda"),
+        ("auto", 2, True, "cpu"),
+        ("auto", 1, False, "cpu"),
+        ("cpu", 1, True, "cpu"),
+        ("cuda", 2, True, "cuda"),
+    ],
+)
+def test_auto_takes_a_gpu_for_a_single_worker(
+    monkeypatch: pytest.MonkeyPatch, name: str, workers: int, gpu: bool, chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert torch_device(name, workers) == torch.device(chosen)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device=cuda, but torch sees no GPU on this machine; use --device cpu"):
+        torch_device("cuda")

@@ -1,0 +1,96 @@
+"""The one test that starts Ray Train: two workers, one of them killed in the middle."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import checkpoint, loop, train
+from pipeline.config import TrainRun, with_overrides
+from pipeline.presets import PRESETS
+
+# the batch falls into the same micro-batches, so with the same noise, on one worker and on two
+RUN = with_overrides(
+    PRESETS["ddlp"]["debug"],
+    {
+        "optim.batch_size": 4,
+        "optim.micro_batch_size": 2,
+        "threads": 1,
+        "steps": 8,
+        "checkpoint_every": 2,
+        "log_every": 2,
+        "eval_every": 8,
+        "device": "cpu",
+    },
+)
+
+
+def worker_processes() -> list[int]:
+    """Processes of this session's own Ray in which the training function runs."""
+    parents, titles = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                titles[int(entry.name)] = (entry / "cmdline").read_bytes()
+    ours = {os.getpid()}
+    while grown := {child for child, parent in parents.items() if parent in ours} - ours:
+        ours |= grown
+    return sorted(process for process in ours if b"RayTrainWorker" in titles.get(process, b""))
+
+
+def kill_a_worker_after_the_first_checkpoint(out: str, killed: list[int]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not killed:
+        if checkpoint.last_step(out) is not None:
+            for process in worker_processes()[-1:]:
+                os.kill(process, signal.SIGKILL)
+                killed.append(process)
+        time.sleep(0.02)
+
+
+def test_new_lines_of_metrics_are_shown_once_also_after_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = train._Lines(str(tmp_path))
+    assert lines.new() == []
+    path.write_text('{"step": 1, "kind": "train"}\n{"step": 1, "kind": "eval"}\n{"step": 2, "ki')
+    assert [line["kind"] for line in lines.new()] == ["train", "eval"]
+    with path.open("a") as file:
+        file.write('nd": "train"}\n')
+    assert [line["step"] for line in lines.new()] == [2]
+    path.write_text('{"step": 1, "kind": "train"}\n')  # back to the checkpoint at step 1
+    assert lines.new() == []
+    path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "kind": "train"}\n{"step": 3, "kind": "train"}\n')
+    assert [line["step"] for line in lines.new()] == [3]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_two_workers_one_killed_equal_one_that_accumulates(tmp_path: Path) -> None:
+    alone: TrainRun = dataclasses.replace(RUN, out=str(tmp_path / "alone"))
+    loop.train(loop.open_run(alone))
+    out = str(tmp_path / "together")
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker_after_the_first_checkpoint, args=(out, killed), daemon=True)
+    killer.start()
+    assert train.train(dataclasses.replace(RUN, out=out, workers=2)) == out
+    killer.join()
+    assert killed
+
+    one, two = checkpoint.load_last(alone.out), checkpoint.load_last(out)
+    assert one is not None
+    assert two is not None
+    assert one.step == two.step == 8
+    assert one.state["position"] == two.state["position"] == 32
+    for name, tensor in one.model.items():
+        # the two sum gradients in another order; Adam at lr 5e-4 turns that into at most this over 8 steps
+        torch.testing.assert_close(two.model[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+    steps = [line["step"] for line in loop.read_metrics(out) if line["kind"] == "train"]
+    assert steps == [2, 4, 6, 8]
+    assert (Path(out) / "report.html").stat().st_size > 1000
+    assert not (Path(out) / ".ray").exists()
