@@ -96,39 +96,44 @@ _DEBUG = TrainRun(
     checkpoint_every=10,
 )
 
-# 64-pixel balls on two CPU cores: the published Balls sizes, narrower in background and PINT. Short runs need a larger
-# learning rate with Adam's usual eps (1e-4 freezes what gets small gradients: PINT, the appearance encoder), a long
-# noisy stage (its fixed glimpse of 16 pixels makes particles centre on balls of 15) and a scale prior that holds them
-# there; see objdyn/models/LOG.md.
+# 64-pixel balls on two CPU cores: the published Balls sizes with narrower CNNs and PINT. A short run cannot wait for
+# what 14,000 steps of warm-up do: its convolutions start larger and its features less noisy, Adam has its usual eps
+# (1e-4 freezes what gets small gradients: PINT, the appearance encoder), the noisy stage lasts until particles track
+# (its fixed glimpse of 16 pixels makes them centre on balls of 15), and the scale's prior holds them there. How these
+# were found: objdyn/models/LOG.md.
 _SMALL = TrainRun(
     model=replace(
         _BALLS_RELEASED,
+        prior_channels=(8, 16, 32),
         encoder_channels=(8, 16, 32),
         pint_dim=128,
         pint_layers=3,
         pint_dropout=0.0,
+        conv_init_std=0.06,
+        initial_feature_log_var=-4.0,
         scale_std=0.1,
-        warmup_steps=100,
-        noisy_steps=1_300,
-        ramp_steps=1_500,
+        warmup_steps=60,
+        noisy_steps=840,
+        ramp_steps=600,
     ),
     data="sim:balls-interaction",
-    steps=4_000,
+    steps=4_200,
     clip_frames=11,
-    optim=OptimConfig(lr=1.2e-3, eps=1e-8, decay=0.5, decay_steps=1_300, clip_norm=200.0, batch_size=4),
+    optim=OptimConfig(lr=1.5e-3, eps=1e-8, decay=0.5, decay_steps=1_400, clip_norm=200.0, batch_size=4),
     log_every=50,
-    eval_every=500,
+    eval_every=600,
     eval_clips=16,
-    checkpoint_every=500,
+    checkpoint_every=300,
 )
 _QUICKSTART = replace(
     _SMALL,
-    model=replace(_SMALL.model, warmup_steps=60, noisy_steps=2_000, ramp_steps=400),
-    steps=700,
-    optim=replace(_SMALL.optim, decay_steps=400),
+    model=replace(_SMALL.model, max_frames=6, noisy_steps=640, ramp_steps=400),
+    steps=1_000,
+    clip_frames=7,
+    optim=replace(_SMALL.optim, decay_steps=700),
     log_every=25,
-    eval_every=350,
-    checkpoint_every=350,
+    eval_every=500,
+    checkpoint_every=250,
 )
 
 PRESETS: dict[str, dict[str, TrainRun]] = {

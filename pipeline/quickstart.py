@@ -50,7 +50,8 @@ def quickstart(run: QuickstartRun) -> str:
         os.path.join(out, name) for name in ("videos", "data", "run", "tables", "report")
     )
 
-    cluster.connect(max(2, os.cpu_count() or 1))  # once for all stages; Ray Train wants a slot beside its worker's
+    workers = min(2, os.cpu_count() or 1)  # two with a thread each are faster than one with two
+    cluster.connect(workers + 1)  # once for all stages; Ray Train wants a slot beside its workers'
     with _stage(1, f"simulate {run.train_videos} + {run.val_videos} videos of bouncing balls into {videos}"):
         for split, count in (("train", run.train_videos), ("val", run.val_videos)):
             write_videos(os.path.join(videos, split), split, count, run.frames)
@@ -67,7 +68,9 @@ def quickstart(run: QuickstartRun) -> str:
 
     with _stage(3, "train DDLP"):
         preset = presets[run.preset]
-        training = replace(preset, data=data, out=folder, seed=run.seed, steps=run.steps or preset.steps)
+        training = replace(
+            preset, data=data, out=folder, seed=run.seed, steps=run.steps or preset.steps, workers=workers
+        )
         print(f"$ {command('jobs/train_ddlp.py', training, preset=run.preset, default=preset)}", flush=True)
         train(training)
 

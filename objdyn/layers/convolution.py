@@ -55,7 +55,7 @@ class MLP(nn.Sequential):
         super().__init__(*(layers if final_activation else layers[:-1]))
 
 
-def init_convolutions(module: nn.Module, std: float = 0.01) -> None:
+def init_convolutions(module: nn.Module, std: float) -> None:
     """Weights of every Conv2d from N(0, ``std``^2), biases 0; linear layers keep torch's default."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):

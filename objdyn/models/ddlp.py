@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from objdyn.distributions import beta_kl, beta_sample, gaussian_kl, gaussian_sample
 from objdyn.interface import Loss, Scene
-from objdyn.layers.convolution import MLP
+from objdyn.layers.convolution import MLP, init_convolutions
 from objdyn.layers.spatial import cut_glimpses
 from objdyn.losses import chamfer_kl, squared_error, zero_gradient
 from objdyn.models.dlp import (
@@ -107,6 +107,10 @@ class DDLPConfig:
     """Prior standard deviation of the position offset in burn-in frames."""
     scale_std: float = 0.3
     """Prior standard deviation of the scale, before the sigmoid, in burn-in frames."""
+    conv_init_std: float = 0.01
+    """Standard deviation of convolution weights at initialisation; the released code has 0.01."""
+    initial_feature_log_var: float = 0.0
+    """Added to the features' initial posterior log-variance; 0 as released, short runs want less."""
     transparency_prior: tuple[float, float] = (0.1, 0.1)
     """Prior concentrations (a, b) of the transparency in burn-in frames."""
     warmup_steps: int = 0
@@ -151,7 +155,15 @@ class DDLPConfig:
         for name in ("kl_weight", "kl_balance", "recon_weight", "warmup_steps", "noisy_steps", "pint_dropout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("offset_std", "scale_std", "ramp_steps", "feature_dim", "background_dim", "pint_layers"):
+        for name in (
+            "conv_init_std",
+            "offset_std",
+            "scale_std",
+            "ramp_steps",
+            "feature_dim",
+            "background_dim",
+            "pint_layers",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if min(self.transparency_prior) <= 0:
@@ -235,7 +247,9 @@ class DDLP(nn.Module):
         self.config = config
         self.prior = PatchPrior(c.image_size, c.patch_size, c.prior_channels, c.num_proposals, c.proposal_filter)
         self.attribute_encoder = AttributeEncoder(c.glimpse_size, c.prior_channels, c.use_score_map)
-        self.appearance_encoder = AppearanceEncoder(c.glimpse_size, c.prior_channels, c.feature_dim)
+        self.appearance_encoder = AppearanceEncoder(
+            c.glimpse_size, c.prior_channels, c.feature_dim, c.initial_feature_log_var
+        )
         self.glimpse_decoder = GlimpseDecoder(c.feature_dim, c.glimpse_size)
         self.background_encoder = BackgroundEncoder(c.image_size, c.encoder_channels, c.background_dim)
         self.background_decoder = BackgroundDecoder(c.background_dim, c.image_size, c.encoder_channels)
@@ -249,6 +263,7 @@ class DDLP(nn.Module):
             heads=c.pint_heads,
             dropout=c.pint_dropout,
         )
+        init_convolutions(self, c.conv_init_std)
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.4 times faster on a CPU
 

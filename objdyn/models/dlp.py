@@ -4,7 +4,8 @@
           --AppearanceEncoder--> features      --BackgroundEncoder--> background
     particles --GlimpseDecoder, stitch--> foreground over BackgroundDecoder's background
 
-``ddlp.py`` builds the video model from these parts. Each takes its sizes as arguments, so each can be tested alone.
+``ddlp.py`` builds the video model from these parts, and initialises their convolutions. Each takes its sizes as
+arguments, so each can be tested alone.
 Module sizes follow the authors' code where the paper's text differs (the MLPs are 256-256, not 256-128); the
 parameter counts of the published settings are checked in the tests.
 """
@@ -18,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from objdyn.layers.convolution import MLP, ConvBlock, PatchCNN, init_convolutions
+from objdyn.layers.convolution import MLP, ConvBlock, PatchCNN
 from objdyn.layers.spatial import inside_squares, paste_glimpses, spatial_softmax
 
 HIDDEN = 256
@@ -125,7 +126,6 @@ class PatchPrior(nn.Module):
         self.image_size, self.patch_size = image_size, patch_size
         self.num_proposals, self.filter = num_proposals, filter
         self.cnn = PatchCNN(in_channels, channels, 1)
-        init_convolutions(self)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n l 2"]:
         """Positions of the kept proposals, best first."""
@@ -169,7 +169,6 @@ class AttributeEncoder(nn.Module):
         self.score_map = score_map
         self.trunk = GlimpseTrunk(glimpse_size, channels, in_channels=4 if score_map else 3)
         self.heads = AttributeHeads(HIDDEN)
-        init_convolutions(self)
 
     def forward(
         self, glimpses: Float[Tensor, "n k c s s"], score_map: Float[Tensor, "n k 1 s s"] | None = None
@@ -185,13 +184,20 @@ class AttributeEncoder(nn.Module):
 
 
 class AppearanceEncoder(nn.Module):
-    """Glimpse to mean and log-variance of the particle's features."""
+    """Glimpse to mean and log-variance of the particle's features.
 
-    def __init__(self, glimpse_size: int, channels: Sequence[int], feature_dim: int) -> None:
+    ``initial_log_var`` is added to the log-variance's bias at the start: features that are all noise teach the decoder
+    nothing, and Adam needs about 1 / lr steps for each unit.
+    """
+
+    def __init__(
+        self, glimpse_size: int, channels: Sequence[int], feature_dim: int, initial_log_var: float = 0.0
+    ) -> None:
         super().__init__()
         self.trunk = GlimpseTrunk(glimpse_size, channels, in_channels=3)
         self.head = nn.Linear(HIDDEN, 2 * feature_dim)
-        init_convolutions(self)
+        with torch.no_grad():
+            self.head.bias[feature_dim:] += initial_log_var
 
     def forward(self, glimpses: Float[Tensor, "n c s s"]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
         mean, log_var = self.head(self.trunk(glimpses)).float().chunk(2, dim=-1)
@@ -206,7 +212,6 @@ class BackgroundEncoder(nn.Module):
         self.cnn = PatchCNN(3, channels, TRUNK_CHANNELS, first_kernel=7)
         side = image_size // 2 ** (len(channels) - 1)
         self.mlp = MLP(TRUNK_CHANNELS * side * side, HIDDEN, HIDDEN, 2 * background_dim)
-        init_convolutions(self)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
         mean, log_var = self.mlp(self.cnn(images).flatten(1)).float().chunk(2, dim=-1)
@@ -229,7 +234,6 @@ class GlimpseDecoder(nn.Module):
             nn.Conv2d(TRUNK_CHANNELS, 4, 1),
             nn.Sigmoid(),
         )
-        init_convolutions(self)
 
     def forward(self, features: Float[Tensor, "n m"]) -> Float[Tensor, "n 4 s s"]:
         return self.net(features).float()
@@ -260,7 +264,6 @@ class BackgroundDecoder(nn.Module):
             nn.Conv2d(channels[0], 3, 1),
             nn.Sigmoid(),
         )
-        init_convolutions(self)
 
     def forward(self, background: Float[Tensor, "n m"]) -> Float[Tensor, "n 3 h w"]:
         return self.net(background).float()
