@@ -54,6 +54,18 @@ def test_module_sizes_equal_the_published_ones(preset: str) -> None:
     assert parts == PUBLISHED[preset]
 
 
+def test_weights_start_as_released_unless_asked_otherwise() -> None:
+    released, short = build(), build(conv_init_std=0.06, initial_feature_log_var=-4.0)
+    for model, std in ((released, 0.01), (short, 0.06)):
+        weights = torch.cat([m.weight.flatten() for m in model.modules() if isinstance(m, nn.Conv2d)])
+        assert weights.std().item() == pytest.approx(std, rel=0.03)
+    heads = (released.appearance_encoder.head.bias, short.appearance_encoder.head.bias)
+    # torch's default for a linear layer of 256 inputs is uniform within 1/16
+    assert heads[0].abs().max() <= 1 / 16
+    assert (heads[1][3:] + 4).abs().max() <= 1 / 16
+    assert next(released.pint.mix.parameters()).std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_the_paper_and_the_released_balls_differ_where_stated() -> None:
     paper, released = PRESETS["ddlp"]["balls"], PRESETS["ddlp"]["balls-released"]
     assert (paper.model.num_particles, paper.model.max_frames) == (10, 20)
