@@ -51,6 +51,10 @@ class OptimConfig:
     """Adam's averaging constants."""
     eps: float = 1e-4
     """Adam's denominator floor; DDLP trains with 1e-4."""
+    slow: str = ""
+    """Parameters whose names begin with this learn slower, ``pint.`` for example; empty for none."""
+    slow_factor: float = 1.0
+    """Factor on their learning rate."""
     decay: float = 1.0
     """Factor on the learning rate every ``decay_steps`` optimiser steps; 1 keeps it constant."""
     decay_steps: int = 10_000
@@ -65,6 +69,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"optim.lr must be positive, got {self.lr}")
+        if self.slow_factor <= 0:
+            raise ValueError(f"optim.slow_factor must be positive, got {self.slow_factor}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"optim.decay must be in (0, 1], got {self.decay}")
         if self.decay_steps < 1:

@@ -121,9 +121,8 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
 
     torch.manual_seed(run.seed)
     model = families.build(run.model).to(device)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=run.optim.lr, betas=run.optim.betas, eps=run.optim.eps, fused=True
-    )
+    factors, groups = _parameter_groups(model, run)
+    optimizer = torch.optim.Adam(groups, lr=run.optim.lr, betas=run.optim.betas, eps=run.optim.eps, fused=True)
     step = position = 0
     best: float | None = None
     if (saved := checkpoint.load_last(run.out)) is not None:
@@ -185,8 +184,8 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
                 continue
             skipped = 0
             window.add(terms)
-            for group in optimizer.param_groups:
-                group["lr"] = run.optim.lr * run.optim.decay ** (step // run.optim.decay_steps)
+            for group, factor in zip(optimizer.param_groups, factors, strict=True):
+                group["lr"] = run.optim.lr * factor * run.optim.decay ** (step // run.optim.decay_steps)
             optimizer.step()
             step += 1
 
@@ -427,6 +426,25 @@ def _loss(model: Any, batch: MicroBatch, run: TrainRun, device: torch.device) ->
         return model(video, **inputs)
 
 
+def _parameter_groups(model: nn.Module, run: TrainRun) -> tuple[list[float], list[dict[str, Any]]]:
+    """Factors on the learning rate, and the parameters that each applies to.
+
+    Raises:
+        ValueError: ``optim.slow`` names no parameter, or all of them.
+    """
+    named = list(model.named_parameters())
+    if not run.optim.slow:
+        return [1.0], [{"params": [parameter for _, parameter in named]}]
+    slow = [parameter for name, parameter in named if name.startswith(run.optim.slow)]
+    rest = [parameter for name, parameter in named if not name.startswith(run.optim.slow)]
+    if not slow or not rest:
+        raise ValueError(
+            f"optim.slow={run.optim.slow!r} must be the beginning of some parameters' names and not of all; the model "
+            f"has {', '.join(dict.fromkeys(name.partition('.')[0] + '.' for name, _ in named))}"
+        )
+    return [1.0, run.optim.slow_factor], [{"params": rest}, {"params": slow}]
+
+
 def _emit(log: MetricsLog | None, worker: Worker, line: dict[str, Any]) -> None:
     if log is not None:
         log.write(line)
@@ -451,6 +469,7 @@ def _try_one_clip(run: TrainRun) -> None:
     """Put the first clip of each split through a fresh model, which raises where they do not fit."""
     with torch.random.fork_rng(devices=[]):
         model = families.build(run.model).eval()
+    _parameter_groups(model, run)
     names = families.FAMILIES[families.family_of(run.model)].inputs
     for split in ("train", "val"):
         if split == "val" and not has_split(run.data, split):

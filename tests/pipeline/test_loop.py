@@ -180,6 +180,24 @@ def test_learning_rate_decays_by_steps(tmp_path: Path) -> None:
     assert rates == [5e-4, 5e-4, 2.5e-4, 2.5e-4, 1.25e-4, 1.25e-4]
 
 
+def test_slow_parameters_move_by_their_factor(tmp_path: Path) -> None:
+    changes = {"optim.slow": "pint.", "optim.slow_factor": 0.1, "steps": 2, "eval_every": 0}
+    run = loop.open_run(run_in(tmp_path / "run", **changes))
+    torch.manual_seed(run.seed)
+    before = families.build(run.model).state_dict()
+    loop.train(run)
+    after = weights(tmp_path / "run")
+    moved = {n: (after[n] - before[n]).abs().max().item() for n in before if n != "step"}
+    # Adam moves a parameter by at most lr per step; PINT has a gradient in the second step only
+    assert 3e-5 < max(v for n, v in moved.items() if n.startswith("pint.")) <= 5.01e-5
+    assert 5e-4 < max(v for n, v in moved.items() if not n.startswith("pint.")) <= 1.01e-3
+
+
+def test_slow_must_name_some_parameters(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"optim.slow='pin_'.*attribute_encoder., .*pint."):
+        loop.open_run(run_in(tmp_path / "run", **{"optim.slow": "pin_"}))
+
+
 def test_evaluation_measures_copy_last_exactly() -> None:
     source = open_source("sim:balls-interaction", "val")
     model = families.build(DEBUG.model)

@@ -175,6 +175,15 @@ def test_relative_bias_depends_on_differences_only_and_is_causal() -> None:
     torch.testing.assert_close(block.bias(2)[0], bias[:, :6, :6])
 
 
+def test_biases_start_as_released_unless_asked_otherwise() -> None:
+    released, short = build(), build(pint_bias_init_std=1.0, pint_own_bias=4.0)
+    for model, std, own in ((released, 0.02, 0.0), (short, 1.0, 4.0)):
+        block = next(iter(model.pint.blocks.children()))
+        assert isinstance(block, PINTBlock)
+        assert block.time_bias.std().item() == pytest.approx(std, rel=0.5)
+        assert block.entity_bias[:, block.entities - 1].mean().item() == pytest.approx(own, abs=2 * std)
+
+
 def test_attention_equals_the_formula() -> None:
     torch.manual_seed(0)
     block = PINTBlock(dim=8, heads=2, entities=3, max_frames=2, dropout=0.0).eval()
