@@ -133,13 +133,13 @@ _SMALL = TrainRun(
 )
 _QUICKSTART = replace(
     _SMALL,
-    model=replace(_SMALL.model, max_frames=6, noisy_steps=640, ramp_steps=400, dynamics_from_step=None),
-    steps=1_000,
+    model=replace(_SMALL.model, max_frames=6, noisy_steps=600, ramp_steps=400, dynamics_from_step=None),
+    steps=900,
     clip_frames=7,
     optim=replace(_SMALL.optim, decay=0.5, decay_steps=700),
     log_every=25,
-    eval_every=500,
-    checkpoint_every=250,
+    eval_every=450,
+    checkpoint_every=225,
 )
 
 PRESETS: dict[str, dict[str, TrainRun]] = {
