@@ -111,8 +111,6 @@ _SMALL = TrainRun(
         pint_dropout=0.0,
         pint_bias_init_std=1.0,
         pint_own_bias=4.0,
-        kl_balance=0.01,
-        dynamics_from_step=1_200,
         conv_init_std=0.06,
         initial_feature_log_var=-4.0,
         scale_std=0.1,
@@ -124,7 +122,7 @@ _SMALL = TrainRun(
     steps=3_600,
     clip_frames=11,
     optim=OptimConfig(
-        lr=1.5e-3, eps=1e-8, slow="pint.", slow_factor=0.6, decay=0.7, decay_steps=900, clip_norm=200.0, batch_size=4
+        lr=1.5e-3, eps=1e-8, slow="pint.", slow_factor=0.5, decay=0.7, decay_steps=900, clip_norm=200.0, batch_size=4
     ),
     log_every=50,
     eval_every=600,
@@ -133,7 +131,7 @@ _SMALL = TrainRun(
 )
 _QUICKSTART = replace(
     _SMALL,
-    model=replace(_SMALL.model, max_frames=6, noisy_steps=600, ramp_steps=400, dynamics_from_step=None),
+    model=replace(_SMALL.model, max_frames=6, noisy_steps=600, ramp_steps=400),
     steps=900,
     clip_frames=7,
     optim=replace(_SMALL.optim, decay=0.5, decay_steps=700),
