@@ -90,7 +90,7 @@ def save_checkpoint(
         _OPTIMIZER: safetensors.torch.save(_on_disk(tensors)),
         _STATE: store.json_bytes(content),
     }
-    complete = store.json_bytes(
+    complete = store.sealed_json(
         {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     )
     name = f"checkpoints/step-{step:08d}"

@@ -20,6 +20,7 @@ def main(
     *,
     description: str,
     default_preset: str | None = None,
+    positional: bool = False,
     args: Sequence[str] | None = None,
 ) -> None:
     """Parse the command line into a run, call ``function(run)``, print what it returns, and exit if that failed.
@@ -30,12 +31,13 @@ def main(
             presets ``{name: (description, run)}``, which become sub-commands: ``PRESET --flag VALUE ...``.
         description: first paragraph of ``--help``.
         default_preset: the preset taken when the command line does not begin with one.
+        positional: fields without a default are given by position instead of by a flag: ``verify.py PATH``.
         args: the command line without the program's name; the process's own by default.
     """
     words = list(sys.argv[1:] if args is None else args)
     debug = DEBUG in words
     words = [word for word in words if word != DEBUG]
-    run = parse(config, words, description=description, default_preset=default_preset)
+    run = parse(config, words, description=description, default_preset=default_preset, positional=positional)
     try:
         result = function(run)
         if result is not None:
@@ -48,7 +50,14 @@ def main(
         _fail(error, 1, True, f"unexpected {type(error).__name__}: {_one_line(error)}")
 
 
-def parse(config: Any, words: Sequence[str], *, description: str, default_preset: str | None = None) -> Any:
+def parse(
+    config: Any,
+    words: Sequence[str],
+    *,
+    description: str,
+    default_preset: str | None = None,
+    positional: bool = False,
+) -> Any:
     """Turn a command line into a run.
 
     Raises:
@@ -60,7 +69,8 @@ def parse(config: Any, words: Sequence[str], *, description: str, default_preset
     description += f"\n\n{DEBUG} anywhere on the line shows the traceback when the job fails."
     flat = (tyro.conf.AvoidSubcommands,)  # the preset has chosen the model family; it is no sub-command of its own
     if not isinstance(config, Mapping):
-        return tyro.cli(config, args=words, description=description, config=flat)
+        chosen = (*flat, tyro.conf.PositionalRequiredArgs) if positional else flat
+        return tyro.cli(config, args=words, description=description, config=chosen)
     if default_preset is not None:
         description += f" A preset comes before all flags; without one the job runs '{default_preset}'."
     if words and words[0] in config:

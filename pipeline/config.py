@@ -359,6 +359,81 @@ class ShardRun:
         )
 
 
+@dataclass(frozen=True)
+class VerifyRun:
+    """A folder read again from end to end: a dataset, one split of it, a training run, or tables."""
+
+    path: str
+    """Folder or s3:// URL to verify."""
+    clean: bool = False
+    """Remove what no manifest names: temporary files of killed jobs, shards and parts that nothing lists."""
+    min_age: float = 10.0
+    """Minutes since a file's last change before ``clean`` removes it: a job that still runs writes younger ones."""
+
+    def __post_init__(self) -> None:
+        if not self.min_age >= 0:
+            raise ValueError(f"min_age must be 0 or more minutes, got {self.min_age}")
+
+
+@dataclass(frozen=True)
+class ExportRun:
+    """Tables of latents in another form: one row per clip with dense tensors, or selected rows in one file."""
+
+    tables: str
+    """Finished folder of tables (the --out of extract.py), local or s3://."""
+    out: str
+    """Parquet file or s3:// URL to write; an earlier one is replaced."""
+    tensor: bool = True
+    """One row per clip, with one fixed-size tensor column per latent; without it the long rows."""
+    kind: Literal["posterior", "predicted", "interpolated"] = "posterior"
+    """Which rows."""
+    columns: tuple[str, ...] = ()
+    """Latents to export, as the tables name them (position_y, features, ...); none given takes all."""
+
+
+@dataclass(frozen=True)
+class DoctorRun:
+    """A look at this machine, its Ray, its storage and the inputs before anything long is started."""
+
+    preset: str = "ddlp/small"
+    """FAMILY/PRESET whose memory, disk and hours are estimated."""
+    source: str = ""
+    """Folder or s3:// URL of videos of which a sample is decoded; empty skips that."""
+    data: str = ""
+    """Dataset folder or s3:// URL that is to be trained on; empty skips that."""
+    out: str = ""
+    """Folder or s3:// URL that must be writable; empty takes the folder of runs, ~/objdyn/runs."""
+
+
+@dataclass(frozen=True)
+class BenchmarkRun:
+    """Where the time goes, for one family and preset: the model's steps, and each stage beside the same work bare."""
+
+    family: str
+    """Model family."""
+    preset: str = "small"
+    """Preset of that family."""
+    out: str = ""
+    """File or s3:// URL that gets the numbers as JSON; empty only prints them."""
+    parts: tuple[Literal["train", "rollout", "reader", "shard", "extract", "ray-train"], ...] = ()
+    """What to measure; none given measures everything."""
+    pairs: int = 5
+    """Alternating pairs of a stage and the same work bare; the median is reported."""
+    steps: int = 3
+    """Optimiser steps of each measurement of training, after one that is not counted."""
+    threads: int | None = None
+    """Torch threads on CPU; None takes every core."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1 or None, got {self.threads}")
+
+
 def with_overrides(run: Any, overrides: dict[str, Any]) -> Any:
     """Return a copy of a run with dotted fields replaced: ``{"optim.lr": 3e-4, "model.num_particles": 8}``.
 

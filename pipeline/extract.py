@@ -231,7 +231,7 @@ def _claim(job: Job) -> None:
     path = store.join(job.out, "settings.json")
     if not store.exists(path) and store.exists(store.join(job.out, tables.MANIFEST)):
         raise ValueError(f"{job.out} holds something else (a {tables.MANIFEST} without {path}); choose another --out")
-    if not store.exists(path) and store.create(path, store.json_bytes(job.settings)):
+    if not store.exists(path) and store.create(path, store.sealed_json(job.settings)):
         return
     found = store.read_json(path)
     for name, value in job.settings.items():

@@ -10,7 +10,6 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
-import json
 import mmap
 import os
 import queue
@@ -423,8 +422,8 @@ class _FolderSource:
             raise ValueError(_no_dataset(data, split)) from None
         self.id = hashlib.sha256(manifest).hexdigest()
         self.split = split
+        fields = store.parse_json(manifest, path)
         try:
-            fields = json.loads(manifest)
             if (fields["schema"], fields["kind"]) != (SCHEMA, "dataset"):
                 raise ValueError(f"schema {fields['schema']} of kind {fields['kind']!r}, this version reads {SCHEMA}")
             self.num_frames, self.height, self.width = (int(fields[name]) for name in ("frames", "height", "width"))

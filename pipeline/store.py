@@ -15,8 +15,13 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, cast
+
+from pipeline import failpoints
+
+SEAL = "checksum"
+"""Field of a JSON file that holds the SHA-256 of the rest of it: nothing stands above a manifest to vouch for it."""
 
 _CHUNK = 1 << 20
 
@@ -131,16 +136,15 @@ def fetch(url: str, path: str) -> None:
 
 def publish(path: str, data: bytes) -> Published:
     """Write a file so that readers see all of it or nothing; an earlier file of that name is replaced."""
-    if is_url(path):
-        filesystem().pipe_file(path, data)
-    else:
-        with _replacing(path) as temporary, open(temporary, "wb") as file:
-            file.write(data)
-            _sync(file)
+    if not is_url(path):
+        return publish_file(path, lambda file: file.write(data))
+    failpoints.reach("publish", path)
+    filesystem().pipe_file(path, data)
+    failpoints.reach("published", path)
     return Published(len(data), hashlib.sha256(data).hexdigest())
 
 
-def publish_file(path: str, writer: Callable[[BinaryIO], None]) -> Published:
+def publish_file(path: str, writer: Callable[[BinaryIO], object]) -> Published:
     """Like ``publish`` for a file too large for memory: ``writer`` writes it from start to end into what it is given.
 
     If ``writer`` raises, nothing is left under the final name.
@@ -149,7 +153,9 @@ def publish_file(path: str, writer: Callable[[BinaryIO], None]) -> Published:
         with tempfile.TemporaryDirectory(prefix="objdyn-") as folder:
             temporary = os.path.join(folder, "upload")
             published = _write(temporary, writer)
+            failpoints.reach("publish", path)
             filesystem().put_file(temporary, path)
+        failpoints.reach("published", path)
         return published
     with _replacing(path) as temporary:
         return _write(temporary, writer)
@@ -160,35 +166,62 @@ def create(path: str, data: bytes) -> bool:
 
     On S3 this is a conditional put (``If-None-Match``), which the store must support.
     """
+    failpoints.reach("create", path)
     if is_url(path):
-        return _create_object(path, data)
+        created = _create_object(path, data)
+        failpoints.reach("created", path)
+        return created
     temporary = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            _sync(file)
+        _write(temporary, lambda file: file.write(data))
         try:
             os.link(temporary, path)
         except FileExistsError:
             return False
+        failpoints.reach("created", path)
         _sync_folder(os.path.dirname(path))
         return True
     finally:
         os.unlink(temporary)
 
 
-def read_json(path: str) -> Any:
-    """Read a JSON file.
+def read_json(path: str) -> dict[str, Any]:
+    """Read what ``publish_json`` wrote.
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: it is not JSON.
+        ValueError: it is damaged or was edited.
     """
-    data = read_bytes(path)
+    return parse_json(read_bytes(path), path)
+
+
+def parse_json(data: bytes, path: str) -> dict[str, Any]:
+    """Take the value out of sealed JSON; ``path`` names it in messages.
+
+    Raises:
+        ValueError: the bytes are not exactly what ``sealed_json`` made.
+    """
+    remedy = "restore it from a copy, or make it again in an empty folder"
     try:
-        return json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); it is damaged or was edited: restore it") from error
+        value = json.loads(data)
+        seal = value.pop(SEAL, None) if isinstance(value, dict) else None
+        unchanged = seal is not None and sealed_json(value) == data
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); it is damaged or was edited: {remedy}") from error
+    if seal is None:
+        raise ValueError(f"{path} has no field {SEAL!r}: it is damaged, was edited or is of another software; {remedy}")
+    if not unchanged:
+        raise ValueError(f"{path} is damaged or was edited: its {SEAL!r} does not fit its content; {remedy}")
+    return value
+
+
+def sealed_json(value: Mapping[str, Any]) -> bytes:
+    """Encode JSON with the SHA-256 of its own content in the field ``checksum``; the same value gives the same bytes.
+
+    Raises:
+        ValueError: a value has no JSON form.
+    """
+    return json_bytes({**value, SEAL: hashlib.sha256(json_bytes(value)).hexdigest()})
 
 
 def json_bytes(value: Any) -> bytes:
@@ -203,9 +236,9 @@ def json_bytes(value: Any) -> bytes:
         raise ValueError(f"cannot be stored as JSON: {error}") from error
 
 
-def publish_json(path: str, value: Any) -> Published:
-    """Write a value as JSON, atomically; the same value gives the same bytes."""
-    return publish(path, json_bytes(value))
+def publish_json(path: str, value: Mapping[str, Any]) -> Published:
+    """Write an object as sealed JSON, atomically; the same value gives the same bytes."""
+    return publish(path, sealed_json(value))
 
 
 def list_names(folder: str) -> list[str]:
@@ -235,20 +268,24 @@ def list_tree(folder: str) -> list[str]:
 
 def remove(path: str) -> None:
     """Remove a file if it is there."""
+    failpoints.reach("remove", path)
     with contextlib.suppress(FileNotFoundError):
         if is_url(path):
             filesystem().rm_file(path)
         else:
             os.unlink(path)
+    failpoints.reach("removed", path)
 
 
 def remove_tree(path: str) -> None:
     """Remove a folder and all in it, if it is there."""
+    failpoints.reach("remove", path)
     with contextlib.suppress(FileNotFoundError):
         if is_url(path):
             filesystem().rm(path, recursive=True)
         else:
             shutil.rmtree(path)
+    failpoints.reach("removed", path)
 
 
 def _walk(root: str) -> Iterator[str]:
@@ -282,14 +319,17 @@ def _create_object(path: str, data: bytes) -> bool:
 class _Hashing:
     """A write-only file that hashes what passes; without seek, so that nothing already hashed can change."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, path: str) -> None:
         self._file = file
+        self._path = path
         self.size = 0
         self.digest = hashlib.sha256()
 
     def write(self, data: bytes) -> int:
         view = memoryview(data).cast("B")
-        self._file.write(view)
+        self._file.write(view[: len(view) // 2])
+        failpoints.reach("write", self._path)
+        self._file.write(view[len(view) // 2 :])
         self.digest.update(view)
         self.size += len(view)
         return len(view)
@@ -315,10 +355,11 @@ class _Hashing:
         return False
 
 
-def _write(path: str, writer: Callable[[BinaryIO], None]) -> Published:
+def _write(path: str, writer: Callable[[BinaryIO], object]) -> Published:
     with open(path, "wb") as file:
-        hashing = _Hashing(file)
+        hashing = _Hashing(file, path)
         writer(cast(BinaryIO, hashing))
+        failpoints.reach("sync", path)
         _sync(file)
     return Published(hashing.size, hashing.digest.hexdigest())
 
@@ -334,11 +375,13 @@ def _replacing(path: str) -> Iterator[str]:
     temporary = _temporary(path)
     try:
         yield temporary
+        failpoints.reach("publish", path)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+    failpoints.reach("published", path)
     _sync_folder(os.path.dirname(path))
 
 

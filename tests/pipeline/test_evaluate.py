@@ -11,7 +11,7 @@ import torch
 from objdyn.clips import Clip
 from objdyn.families import FAMILIES, build
 from objdyn.simulators import SIMULATORS, Simulator
-from pipeline import cli
+from pipeline import cli, store
 from pipeline.checkpoint import config_to_json, save_checkpoint
 from pipeline.config import EvaluateRun, ShardRun
 from pipeline.evaluate import MED_STEPS, evaluate, median_frame
@@ -90,7 +90,7 @@ def balls(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[di
 
 def test_every_key_is_written_with_a_value_or_a_reason(balls: tuple[dict[str, Any], Path]):
     returned, out = balls
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = store.read_json(str(out / "metrics.json"))
     assert metrics == returned
     assert all(metrics[key] is not None or metrics["reasons"][key] for key in KEYS)
     assert all(metrics[key] is not None for key in FRAME_KEYS)

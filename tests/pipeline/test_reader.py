@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -364,6 +365,13 @@ def test_edited_manifest_is_refused(tmp_path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=r"manifest\.json is .*damaged or was edited"):
+        open_source(str(tmp_path), "train")
+    if new == "[":
+        return
+    sealed = json.loads(path.read_text())
+    del sealed["checksum"]
+    store.publish_json(str(path), sealed)  # whoever edits it may also seal it anew
     with pytest.raises(ValueError, match=r"manifest\.json is not a dataset's manifest, or damaged"):
         open_source(str(tmp_path), "train")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import store
 from pipeline.report import (
     Particles,
     ReportClip,
@@ -173,7 +174,7 @@ def test_a_further_section_is_one_more_entry():
 
 
 def test_run_folder_gets_a_report_beside_its_metrics(tmp_path: Path):
-    (tmp_path / "config.json").write_text(json.dumps({"steps": 9}))
+    store.publish_json(str(tmp_path / "config.json"), {"steps": 9})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HISTORY))
     text = Path(write_run_report(str(tmp_path))).read_text()
     assert (tmp_path / "report.html").exists()

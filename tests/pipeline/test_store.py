@@ -120,6 +120,26 @@ def test_json_is_deterministic_and_strict(folder: str) -> None:
         store.read_json(first)
 
 
+def test_every_bit_flip_and_every_cut_of_sealed_json_is_found() -> None:
+    value = {"schema": 1, "rate": 0.1, "name": "ä", "parts": [{"rows": 3}, None, True]}
+    data = store.sealed_json(value)
+    assert store.parse_json(data, "x") == value
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError, match=r"^x (is not valid JSON|is damaged|has no field)"):
+            store.parse_json(bytes(flipped), "x")
+    for size in range(len(data)):
+        with pytest.raises(ValueError, match=r"^x (is not valid JSON|is damaged|has no field)"):
+            store.parse_json(data[:size], "x")
+
+
+@pytest.mark.parametrize("data", [b"[1]", b"3", b"{}", b"[" * 100_000, b'{"a": 1, "a": 1}', b'{"checksum": 1}'])
+def test_json_of_other_kinds_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"^x "):
+        store.parse_json(data, "x")
+
+
 def test_missing_and_removed(folder: str) -> None:
     assert store.list_names(folder) == []
     assert not store.exists(store.join(folder, "a"))
