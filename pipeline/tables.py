@@ -5,16 +5,21 @@ from the shapes of a family's latents: nothing here knows a family. Needs neithe
 
 A folder of tables holds one part of each table per input shard and ``manifest.json``, which lists the parts with their
 SHA-256 and is written last.
+
+Writing: ``Block`` -> ``build`` -> ``publish``. Reading rows: ``read_objects``, ``read_frames``, ``read_parts``. Reading
+dense arrays, a clip at a time: ``iter_clips`` (a stream), ``load_clip`` (one), ``ClipDataset`` (any, for training).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, BinaryIO, Literal
+from itertools import pairwise, zip_longest
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,12 +35,16 @@ GROUP_ROWS = 30_000
 
 FRAME_KEY = ("clip", "kind", "context", "edit", "sample", "frame")
 OBJECT_KEY = (*FRAME_KEY, "object")
+_IDS = (*OBJECT_KEY, "source_frame")
 ERRORS = ("recon_mse", "predict_mse")
 """Mean squared error of a frame over pixels and channels, in [0, 1] units; null where there is no true frame."""
 COMPONENTS = {("position", 2): ("y", "x"), ("scale", 2): ("y", "x")}
 """Fields whose last axis has names: they become one column per name, other vectors become one list column."""
 
 Table = Literal["objects", "frames"]
+_TABLES: tuple[Table, ...] = ("objects", "frames")
+Fields = dict[str, tuple[str, ...]]
+"""Latents by name, each with the columns that hold it: ``{"position": ("position_y", "position_x")}``."""
 _TYPES = {"clip": pa.string(), "kind": pa.string(), "edit": pa.string()}
 
 
@@ -91,6 +100,42 @@ class Block:
     def order(self) -> tuple[Any, ...]:
         """The block's key, with its first frame last: parts are sorted by it."""
         return self.clip, self.kind, self.context, self.edit, self.sample, int(self.frame[0])
+
+
+class ClipKey(NamedTuple):
+    """What tells one run of frames from another; its rows lie side by side in both tables."""
+
+    clip: str
+    kind: str
+    context: int
+    edit: str
+    sample: int
+
+
+class ClipLatents(NamedTuple):
+    """Dense latents of one clip, all of one kind, in arrays of its own, which may be changed.
+
+    A tuple of arrays, dicts of arrays and plain values: torch's DataLoader collates clips of equal shape as they are.
+    """
+
+    clip: str
+    kind: str
+    context: int
+    """Frames seen before ``predicted`` ones; 0 for ``posterior``."""
+    edit: str
+    sample: int
+    frame: np.ndarray
+    """Frame in the clip, int32 (t,)."""
+    source_frame: np.ndarray
+    """The same frames counted in the source video, int32 (t,)."""
+    objects: dict[str, np.ndarray]
+    """Per latent: float32 (t, k), or (t, k, d) for a vector; ``position`` and ``scale`` are (t, k, 2) as (y, x)."""
+    frames: dict[str, np.ndarray]
+    """Per latent of whole frames, ``background`` for example: float32 (t,) or (t, d)."""
+    recon_mse: np.ndarray
+    """Float32 (t,), NaN where the table has null."""
+    predict_mse: np.ndarray
+    """The same."""
 
 
 def schema(table: Table, fields: Mapping[str, tuple[int, ...]], provenance: Provenance) -> pa.Schema:
@@ -173,21 +218,26 @@ def build(table: Table, blocks: Sequence[Block], fields: Sequence[str], provenan
 
 def write(rows: pa.Table, sink: BinaryIO) -> None:
     """Write a part: whole clips per row group, zstd, page checksums. The same rows give the same bytes."""
-    key = [name for name in OBJECT_KEY if name in rows.schema.names]
-    ids: Any = [*key, "source_frame"]  # a list is allowed, but the stubs of pyarrow say bool
-    floats = [_parquet_path(column) for column in rows.schema if column.name not in ids]
-    with pq.ParquetWriter(
+    with open_writer(sink, rows.schema) as writer:
+        for first, stop in _row_groups(rows):
+            writer.write_table(rows.slice(first, stop - first), row_group_size=stop - first)
+
+
+def open_writer(sink: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
+    """Open a Parquet file for rows that come sorted by key: zstd, page checksums, page index."""
+    key = [name for name in OBJECT_KEY if name in schema.names and not _is_list(schema.field(name))]
+    floats = [_parquet_path(column) for column in schema if _element_type(column) == pa.float32()]
+    ids: Any = [_parquet_path(column) for column in schema if _element_type(column) != pa.float32()]  # stubs say bool
+    return pq.ParquetWriter(
         sink,
-        rows.schema,
+        schema,
         compression="zstd",
         use_dictionary=ids,
         column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
         write_page_checksum=True,
         write_page_index=True,
-        sorting_columns=pq.SortingColumn.from_ordering(rows.schema, [(name, "ascending") for name in key]),
-    ) as writer:
-        for first, stop in _row_groups(rows):
-            writer.write_table(rows.slice(first, stop - first), row_group_size=stop - first)
+        sorting_columns=pq.SortingColumn.from_ordering(schema, [(name, "ascending") for name in key]),
+    )
 
 
 def publish(rows: pa.Table, path: str) -> dict[str, Any]:
@@ -212,13 +262,32 @@ def provenance_of(schema: pa.Schema, path: str = "this table") -> tuple[Table, P
     return description["table"], Provenance(**{name: description[name] for name in names})
 
 
+def check_part(schema: pa.Schema, table: Table, manifest: Mapping[str, Any], path: str) -> None:
+    """Compare what a part says of its origin with the manifest of its folder.
+
+    Raises:
+        ValueError: it is of another table, model, dataset or setting: it was put there from another folder.
+    """
+    found, provenance = provenance_of(schema, path)
+    said = {**dataclasses.asdict(provenance), "table": found}
+    for name, value in {**manifest, "table": table}.items():
+        if name in said and said[name] != value:
+            raise ValueError(
+                f"{path} has {name} {said[name]}, but its folder is of {name} {value}; delete it and run "
+                "jobs/extract.py again"
+            )
+
+
 def read_part(path: str, expected_sha256: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one part with its page checksums verified, and the whole file against a SHA-256 if one is given.
 
     Raises:
-        ValueError: the file is damaged or no table of this software.
+        ValueError: the file is missing, damaged or no table of this software.
     """
-    data = store.read_bytes(path, expected_sha256)
+    try:
+        data = store.read_bytes(path, expected_sha256)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; run jobs/extract.py again with the same flags") from error
     try:
         names = list(columns) if columns is not None else None
         rows = pq.read_table(pa.BufferReader(data), columns=names, page_checksum_verification=True)
@@ -260,12 +329,438 @@ def read_frames(folder: str, columns: Sequence[str] | None = None) -> pa.Table:
 def read_parts(folder: str, table: Table, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The parts of a table one after the other, for tables larger than memory; checks what ``read_objects`` checks."""
     manifest = read_manifest(folder)
+    part_of: dict[str, str] = {}
+    wanted = None if columns is None else list(dict.fromkeys([*columns, "clip"]))
     for part in manifest["parts"]:
         path = store.join(folder, table, part["name"] + ".parquet")
-        rows = read_part(path, part[table]["sha256"], columns)
+        rows = read_part(path, part[table]["sha256"], wanted)
         if rows.num_rows != part[table]["rows"]:
             raise ValueError(f"{path} has {rows.num_rows} rows, its manifest says {part[table]['rows']}")
-        yield rows
+        check_part(rows.schema, table, manifest, path)
+        for clip in rows.column("clip").unique().to_pylist():
+            if clip in part_of:
+                raise ValueError(f"{path} has rows of clip {clip}, and so has part {part_of[clip]}; extract again")
+            part_of[clip] = part["name"]
+        yield rows if columns is None or "clip" in columns else rows.drop_columns(["clip"])
+
+
+def iter_clips(folder: str, columns: Sequence[str] | None = None, kind: str = "posterior") -> Iterator[ClipLatents]:
+    """The clips of a folder one after the other, in the order of its parts; holds one part at a time.
+
+    Checks what ``read_parts`` checks. A clip comes once per context, edit and sample that it was predicted with.
+
+    Args:
+        folder: finished folder of tables, local or s3://.
+        columns: latents (``position``, which joins its two columns) or single columns (``position_y``) to load; None
+            takes all. Frame numbers and errors always come; where nothing of ``objects/`` is wanted, only its first
+            part is read.
+        kind: one of ``KINDS``.
+
+    Raises:
+        ValueError: a part is damaged, a name does not exist, or the folder has no rows of this kind.
+    """
+    kinds: set[str] = set()
+    fields: dict[Table, Fields] = {}
+    part_of: dict[str, str] = {}
+    manifest = read_manifest(folder)
+    for part in manifest["parts"]:
+        files: dict[Table, pq.ParquetFile] = {"frames": open_part(folder, "frames", part, manifest)}
+        if not fields or fields["objects"]:
+            files["objects"] = open_part(folder, "objects", part, manifest)
+        fields = fields or _select({table: file.schema_arrow for table, file in files.items()}, columns)
+        runs = [
+            _iter_runs(file, part_path(folder, table, part), _wanted(table, fields[table]))
+            for table, file in files.items()
+            if table == "frames" or fields["objects"]
+        ]
+        for found in zip_longest(*runs):
+            if len({run and run[0] for run in found}) > 1:
+                raise ValueError(f"part {part['name']} of {folder} has other clips in objects/ than in frames/")
+            kinds.add(found[0][0].kind)
+            _require_one_part(folder, found[0][0].clip, part["name"], part_of)
+            if found[0][0].kind == kind:
+                yield _join(found[0][0], *(rows for _, rows in found))
+    if kind not in kinds:
+        raise _no_such_kind(folder, kind, kinds)
+
+
+def load_clips(folder: str, columns: Sequence[str] | None = None, kind: str = "posterior") -> list[ClipLatents]:
+    """All that ``iter_clips`` gives, in memory."""
+    return list(iter_clips(folder, columns, kind))
+
+
+def load_clip(
+    folder: str,
+    clip: str,
+    columns: Sequence[str] | None = None,
+    kind: str = "posterior",
+    *,
+    context: int | None = None,
+    edit: str = "",
+    sample: int = 0,
+) -> ClipLatents:
+    """One clip by its key. Reads ``frames/`` up to its part, and of ``objects/`` that part alone; checks what it reads.
+
+    ``context`` is needed only where the clip was predicted with several. For many clips take ``ClipDataset``.
+
+    Raises:
+        ValueError: there is no such clip, or not of this kind, context, edit and sample; or as in ``iter_clips``.
+    """
+    first = last = None
+    manifest = read_manifest(folder)
+    for part in manifest["parts"]:
+        frames = open_part(folder, "frames", part, manifest)
+        places = _Places.of(frames.metadata)
+        first, last = min(first or places.first[0], places.first[0]), max(last or places.last, places.last)
+        # Most parts are passed by with a look at their footer.
+        keys = _keys_of(frames, part_path(folder, "frames", part), clip)
+        chosen = [
+            key
+            for key in keys
+            if (key.kind, key.edit, key.sample) == (kind, edit, sample) and context in (None, key.context)
+        ]
+        if len(chosen) == 1:
+            objects = open_part(folder, "objects", part, manifest)
+            files: dict[Table, pq.ParquetFile] = {"frames": frames, "objects": objects}
+            fields = _select({table: file.schema_arrow for table, file in files.items()}, columns)
+            rows = [
+                _rows_of(file, part_path(folder, table, part), _wanted(table, fields[table]), chosen[0])
+                for table, file in files.items()
+                if table == "frames" or fields["objects"]
+            ]
+            return _join(chosen[0], *rows)
+        if keys:
+            has = "; ".join(", ".join(f"{n} {v!r}" for n, v in key._asdict().items() if n != "clip") for key in keys)
+            raise ValueError(f"clip {clip} has {len(chosen)} runs of frames that fit, wanted one; it has {has}")
+    raise ValueError(f"{folder} has no clip {clip!r}; its clips lie between {first!r} and {last!r}")
+
+
+class ClipDataset:
+    """The clips of a folder by number, in any order: a map-style dataset for torch's DataLoader, without torch.
+
+    Reading one clip decodes the row group that holds it (about 30,000 rows), and keeps decoded groups while they fit
+    into ``cache_gb``. The SHA-256 of a part is checked when it is first touched, page checksums at every read. Safe in
+    threads and in processes that were forked or that unpickled it; each process has its own cache.
+
+    Args:
+        folder, columns, kind: as in ``iter_clips``.
+        cache_gb: memory for decoded rows, in GB per process; the least recently used go first.
+
+    Raises:
+        ValueError: as ``iter_clips``; here also from ``dataset[number]``.
+    """
+
+    def __init__(
+        self, folder: str, columns: Sequence[str] | None = None, kind: str = "posterior", *, cache_gb: float = 1.0
+    ) -> None:
+        self.folder = folder
+        self.cache_gb = cache_gb
+        self.keys: list[ClipKey] = []
+        """What ``dataset[number]`` gives, in the order of the parts."""
+        self.lengths: list[int] = []
+        """Its number of frames."""
+        self.manifest = read_manifest(folder)
+        self.parts: list[dict[str, Any]] = self.manifest["parts"]
+        self.part_of: list[int] = []
+        """The index in ``parts`` of the part that holds it."""
+        self.fields: dict[Table, Fields] = {}
+        """The latents that it has."""
+        self.provenance: Provenance
+        """Model, dataset and what else all parts have in common."""
+        self._places: dict[tuple[Table, int], _Places] = {}
+        self._cache: dict[tuple[Table, int, int], _Runs] = {}
+        kinds: set[str] = set()
+        part_of: dict[str, str] = {}
+        for number, part in enumerate(self.parts):
+            frames = self.open_part("frames", number)
+            if not self.fields:
+                objects = self.open_part("objects", number)
+                self.fields = _select({"objects": objects.schema_arrow, "frames": frames.schema_arrow}, columns)
+                self.provenance = provenance_of(frames.schema_arrow)[1]
+            self._places["frames", number] = _Places.of(frames.metadata)
+            for key, rows in _iter_runs(frames, part_path(folder, "frames", part), {"frame": ("frame",)}):
+                kinds.add(key.kind)
+                _require_one_part(folder, key.clip, part["name"], part_of)
+                if key.kind == kind:
+                    self.keys.append(key)
+                    self.lengths.append(len(rows["frame"]))
+                    self.part_of.append(number)
+        if kind not in kinds:
+            raise _no_such_kind(folder, kind, kinds)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, number: int) -> ClipLatents:
+        key, part = self.keys[number], self.part_of[number]
+        frames = self._rows("frames", part, key)
+        return _join(key, frames, self._rows("objects", part, key)) if self.fields["objects"] else _join(key, frames)
+
+    def __iter__(self) -> Iterator[ClipLatents]:
+        return map(self.__getitem__, range(len(self)))
+
+    def open_part(self, table: Table, number: int) -> pq.ParquetFile:
+        """Read a part and check it, as ``tables.open_part`` does."""
+        return open_part(self.folder, table, self.parts[number], self.manifest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}}
+
+    def _rows(self, table: Table, number: int, key: ClipKey) -> dict[str, np.ndarray]:
+        path = part_path(self.folder, table, self.parts[number])
+        places = self._places.get((table, number))
+        if places is None:
+            places = _Places.of(self.open_part(table, number).metadata)
+            self._places[table, number] = places
+        group = places.group_of(key.clip)
+        if group is None:
+            raise ValueError(f"{path} has no rows of clip {key.clip}, although its other table has")
+        # Popped and put back behind all others, so that the least recently used is first. No lock, because a fork
+        # could copy it locked: each step on the dict is atomic, and two threads at worst read the same rows twice.
+        runs = self._cache.pop((table, number, group), None)
+        fresh = runs is None
+        if runs is None:
+            fields = _wanted(table, self.fields[table])
+            with store.open_read(path) as source:
+                file = _parquet_file(source, path, places.metadata)
+                # One thread: DataLoader's workers are the parallelism, and a forked process has no pool of threads.
+                runs = _to_runs(read_group(file, group, fields, path, use_threads=False), fields)
+        self._cache[table, number, group] = runs
+        if fresh:
+            self._forget()
+        return runs.of(key)
+
+    def _forget(self) -> None:
+        held = list(self._cache.items())
+        size = sum(runs.size for _, runs in held)
+        for place, runs in held[:-1]:
+            if size <= self.cache_gb * 1e9:
+                return
+            self._cache.pop(place, None)
+            size -= runs.size
+
+
+def part_path(folder: str, table: Table, part: Mapping[str, Any]) -> str:
+    """The Parquet file of a part, which is an entry of the manifest."""
+    return store.join(folder, table, part["name"] + ".parquet")
+
+
+def open_part(folder: str, table: Table, part: Mapping[str, Any], manifest: Mapping[str, Any]) -> pq.ParquetFile:
+    """Read a part into memory and check SHA-256, origin and number of rows; ``read_group`` decodes its row groups.
+
+    Raises:
+        ValueError: it is missing or damaged, or not what the folder's manifest says.
+    """
+    path = part_path(folder, table, part)
+    try:
+        data = store.read_bytes(path, part[table]["sha256"])
+    except FileNotFoundError as error:
+        message = f"{path} is missing, though the manifest lists it; run jobs/extract.py again with the same flags"
+        raise ValueError(message) from error
+    file = _parquet_file(pa.BufferReader(data), path)
+    check_part(file.schema_arrow, table, manifest, path)
+    if file.metadata.num_rows != part[table]["rows"]:
+        raise ValueError(f"{path} has {file.metadata.num_rows} rows, its manifest says {part[table]['rows']}")
+    return file
+
+
+def read_group(file: pq.ParquetFile, group: int, fields: Fields, path: str, *, use_threads: bool = True) -> pa.Table:
+    """Decode the key and the columns of ``fields`` of one row group, which holds whole clips; checks its pages."""
+    columns = dict.fromkeys([*ClipKey._fields, *(column for names in fields.values() for column in names)])
+    with _naming_damage(path):
+        return file.read_row_group(group, list(columns), use_threads=use_threads)
+
+
+class _Places(NamedTuple):
+    """Which clips the row groups of a part hold, from its footer."""
+
+    metadata: pq.FileMetaData
+    first: list[str]
+    """First clip of each group; groups are sorted and hold whole clips."""
+    last: str
+    """Last clip of the last group."""
+
+    @classmethod
+    def of(cls, metadata: pq.FileMetaData) -> "_Places":
+        column = metadata.schema.names.index("clip")
+        statistics = [metadata.row_group(i).column(column).statistics for i in range(metadata.num_row_groups)]
+        return cls(metadata, [group.min for group in statistics], statistics[-1].max)
+
+    def group_of(self, clip: str) -> int | None:
+        """The only group that can hold a clip."""
+        return bisect_right(self.first, clip) - 1 if self.first[0] <= clip <= self.last else None
+
+
+class _Runs(NamedTuple):
+    """Dense arrays of many rows."""
+
+    rows: dict[ClipKey, slice]
+    """Which rows are a key's."""
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the arrays."""
+        return sum(values.nbytes for values in self.arrays.values())
+
+    def of(self, key: ClipKey) -> dict[str, np.ndarray]:
+        """The arrays of one key."""
+        if key not in self.rows:
+            raise ValueError(f"clip {key.clip} has {key.kind} rows in one table and not in the other")
+        return {name: values[self.rows[key]] for name, values in self.arrays.items()}
+
+
+def _parquet_file(source: Any, path: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    with _naming_damage(path):
+        return pq.ParquetFile(
+            source,
+            metadata=metadata,
+            read_dictionary=["clip", "kind", "edit"],
+            page_checksum_verification=True,
+        )
+
+
+@contextlib.contextmanager
+def _naming_damage(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        message = f"{path} cannot be read ({reason}); if it is damaged, delete it and run jobs/extract.py again"
+        raise ValueError(message) from error
+
+
+def _require_one_part(folder: str, clip: str, part: str, part_of: dict[str, str]) -> None:
+    if part_of.setdefault(clip, part) != part:
+        raise ValueError(f"{folder} has rows of clip {clip} in part {part_of[clip]} and in {part}; extract again")
+
+
+def _no_such_kind(folder: str, kind: str, kinds: set[str]) -> ValueError:
+    remedy = "; jobs/extract.py predicts with --context and --horizon" if kind == "predicted" else ""
+    return ValueError(f"{folder} has no rows of kind {kind!r}, only of {', '.join(sorted(kinds))}{remedy}")
+
+
+def _fields(names: Sequence[str]) -> Fields:
+    """The latents (and errors) that columns hold."""
+    joined = {}
+    for name, size in COMPONENTS:
+        columns = [f"{name}_{component}" for component in COMPONENTS[name, size]]
+        if set(columns) <= set(names):
+            joined |= dict.fromkeys(columns, name)
+    fields: Fields = {}
+    for column in names:
+        if column not in _IDS:
+            name = joined.get(column, column)
+            fields[name] = (*fields.get(name, ()), column)
+    return fields
+
+
+def _select(schemas: Mapping[Table, pa.Schema], columns: Sequence[str] | None) -> dict[Table, Fields]:
+    known: dict[Table, Fields] = {table: _fields(schemas[table].names) for table in _TABLES}
+    if columns is None:
+        return known
+    chosen: dict[Table, Fields] = {table: {} for table in known}
+    for name in columns:
+        for table, fields in known.items():
+            if name in fields:
+                chosen[table][name] = fields[name]
+                break
+            if any(name in held for held in fields.values()):
+                chosen[table][name] = (name,)
+                break
+        else:
+            have = "; ".join(
+                f"{table}/ has "
+                + ", ".join(n if held == (n,) else f"{n} ({', '.join(held)})" for n, held in fields.items())
+                for table, fields in known.items()
+            )
+            raise ValueError(f"these tables have no column {name!r}: {have}")
+    return chosen
+
+
+def _wanted(table: Table, fields: Fields) -> Fields:
+    """The latents and what a clip needs besides."""
+    names = ("frame", "object") if table == "objects" else ("frame", "source_frame", *ERRORS)
+    return {**{name: (name,) for name in names}, **fields}
+
+
+def _keys_of(file: pq.ParquetFile, path: str, clip: str) -> list[ClipKey]:
+    group = _Places.of(file.metadata).group_of(clip)
+    return (
+        []
+        if group is None
+        else [key for key in _to_runs(read_group(file, group, {}, path), {}).rows if key.clip == clip]
+    )
+
+
+def _rows_of(file: pq.ParquetFile, path: str, fields: Fields, key: ClipKey) -> dict[str, np.ndarray]:
+    group = _Places.of(file.metadata).group_of(key.clip)
+    if group is None:
+        raise ValueError(f"{path} has no rows of clip {key.clip}, although its other table has")
+    return _to_runs(read_group(file, group, fields, path), fields).of(key)
+
+
+def _iter_runs(file: pq.ParquetFile, path: str, fields: Fields) -> Iterator[tuple[ClipKey, dict[str, np.ndarray]]]:
+    for group in range(file.num_row_groups):
+        runs = _to_runs(read_group(file, group, fields, path), fields)
+        for key in runs.rows:
+            yield key, runs.of(key)
+
+
+def _to_runs(rows: pa.Table, fields: Fields) -> _Runs:
+    rows = rows.unify_dictionaries()
+    begins = np.zeros(rows.num_rows, bool)
+    begins[0] = True
+    for name in ClipKey._fields:
+        codes: Any = rows.column(name).combine_chunks()
+        numbers = (codes.indices if pa.types.is_dictionary(codes.type) else codes).to_numpy()
+        begins[1:] |= numbers[1:] != numbers[:-1]
+    first = np.flatnonzero(begins)
+    key_rows = rows.select(ClipKey._fields).take(pa.array(first))
+    keys = map(ClipKey._make, zip(*(column.to_pylist() for column in key_rows.columns), strict=True))
+    places = dict(zip(keys, map(slice, first, [*first[1:], rows.num_rows]), strict=True))
+    if len(places) != len(first):
+        raise ValueError("the rows of a clip do not lie side by side: these tables were not written by jobs/extract.py")
+    arrays = {}
+    for name, columns in fields.items():
+        values = [_to_numpy(rows.column(column)) for column in columns]
+        arrays[name] = values[0] if len(values) == 1 else np.stack(values, axis=-1)
+    return _Runs(places, arrays)
+
+
+def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    values: Any = column.combine_chunks()
+    if pa.types.is_fixed_size_list(values.type):
+        return values.flatten().to_numpy().reshape(len(values), -1)
+    return values.to_numpy(zero_copy_only=False)  # null becomes NaN
+
+
+def _join(
+    key: ClipKey, frames: Mapping[str, np.ndarray], objects: Mapping[str, np.ndarray] | None = None
+) -> ClipLatents:
+    """Cut the rows of ``objects/`` into (t, k); copies, so that a clip does not hold the memory of all others."""
+    t = len(frames["frame"])
+    dense: dict[str, np.ndarray] = {}
+    if objects is not None:
+        k, left = divmod(len(objects["frame"]), t)
+        if (
+            left
+            or np.any(objects["frame"].reshape(t, k) != frames["frame"][:, None])
+            or np.any(objects["object"].reshape(t, k) != np.arange(k))
+        ):
+            raise ValueError(f"clip {key.clip} has other {key.kind} frames in objects/ than in frames/")
+        names = [name for name in objects if name not in _IDS]
+        dense = {name: objects[name].reshape(t, k, *objects[name].shape[1:]).copy() for name in names}
+    whole = {name: values.copy() for name, values in frames.items()}
+    return ClipLatents(
+        *key,
+        frame=whole.pop("frame"),
+        source_frame=whole.pop("source_frame"),
+        recon_mse=whole.pop("recon_mse"),
+        predict_mse=whole.pop("predict_mse"),
+        objects=dense,
+        frames=whole,
+    )
 
 
 def _columns(name: str, shape: tuple[int, ...]) -> list[tuple[str, pa.DataType]]:
@@ -295,8 +790,20 @@ def _errors(name: str, blocks: Sequence[Block]) -> pa.Array:
     return pa.array(np.concatenate(padded).astype(np.float32), mask=np.concatenate(missing))
 
 
+def _storage(column: pa.Field) -> Any:
+    return column.type.storage_type if isinstance(column.type, pa.BaseExtensionType) else column.type
+
+
+def _is_list(column: pa.Field) -> bool:
+    return pa.types.is_fixed_size_list(_storage(column))
+
+
+def _element_type(column: pa.Field) -> pa.DataType:
+    return _storage(column).value_type if _is_list(column) else column.type
+
+
 def _parquet_path(column: pa.Field) -> str:
-    return f"{column.name}.list.element" if pa.types.is_fixed_size_list(column.type) else column.name
+    return f"{column.name}.list.element" if _is_list(column) else column.name
 
 
 def _row_groups(rows: pa.Table) -> Iterator[tuple[int, int]]:

@@ -1,12 +1,16 @@
-"""Tables: columns, order, one row per key, bytes, checksums, and readers that have neither torch nor ray."""
+"""Tables: columns, order, one row per key, bytes, checksums, dense arrays, readers that have neither torch nor ray."""
 
 import dataclasses
 import io
 import json
+import pickle
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import store, tables
-from pipeline.tables import Block, Provenance
+from pipeline.tables import Block, ClipDataset, ClipLatents, Provenance
 
 OBJECT_FIELDS = ("position", "scale", "depth", "features")
 FRAME_FIELDS = ("background",)
@@ -75,16 +79,20 @@ def to_bytes(rows: pa.Table) -> bytes:
 @pytest.fixture
 def folder(tmp_path: Path, blocks: list[Block]) -> str:
     """A finished folder of two parts, as the extraction leaves it."""
-    parts = []
-    for name, clip in (("shard-00000", "clip-a"), ("shard-00001", "clip-b")):
-        entry: dict[str, Any] = {"name": name}
+    return write_folder(tmp_path, [[b for b in blocks if b.clip == clip] for clip in ("clip-a", "clip-b")])
+
+
+def write_folder(folder: Path, parts: Sequence[Sequence[Block]], frames: Sequence[Sequence[Block]] = ()) -> str:
+    """A finished folder of tables; ``frames`` are other blocks for frames/."""
+    entries = []
+    for number, blocks in enumerate(parts):
+        entry: dict[str, Any] = {"name": f"shard-{number:05d}"}
         for table, fields in FIELDS.items():
-            rows = tables.build(table, [b for b in blocks if b.clip == clip], fields, PROVENANCE)
-            (tmp_path / table).mkdir(exist_ok=True)
-            entry[table] = tables.publish(rows, str(tmp_path / table / f"{name}.parquet"))
-        parts.append(entry)
-    store.publish_json(str(tmp_path / "manifest.json"), {"schema": 1, "kind": "tables", "parts": parts})
-    return str(tmp_path)
+            rows = tables.build(table, frames[number] if frames and table == "frames" else blocks, fields, PROVENANCE)
+            entry[table] = tables.publish(rows, str(folder / table / f"{entry['name']}.parquet"))
+        entries.append(entry)
+    store.publish_json(str(folder / "manifest.json"), {"schema": 1, "kind": "tables", "parts": entries})
+    return str(folder)
 
 
 def test_columns_follow_from_names_and_shapes():
@@ -285,10 +293,236 @@ rows = {name: list(values) for name, values in zip(cursor.columns, zip(*cursor.f
 rows["features"] = [list(row) for row in rows["features"]]
 """,
     "pyarrow": """
-from pipeline import tables
+from pipeline import export, tables
+assert [clip.objects["position"].shape for clip in tables.iter_clips(folder)] == [(4, 3, 2)] * 2
+assert [clip.objects["position"].shape for clip in tables.ClipDataset(folder)] == [(4, 3, 2)] * 2
 rows = tables.read_objects(folder).to_pydict()
 """,
 }
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def assert_equal(found: ClipLatents, written: Block, objects: Sequence[str] = OBJECT_FIELDS) -> None:
+    key = (written.clip, written.kind, written.context, written.edit, written.sample)
+    assert found[:5] == key
+    np.testing.assert_array_equal(found.frame, written.frame)
+    np.testing.assert_array_equal(found.source_frame, written.source_frame)
+    assert list(found.objects) == list(objects)
+    for name, values in {**found.objects, **found.frames}.items():
+        assert values.dtype == np.float32
+        np.testing.assert_array_equal(values, written.latents[name])
+    for name in tables.ERRORS:
+        known = written.errors.get(name, np.empty(0))
+        unknown = [np.nan] * (len(written.frame) - len(known))
+        np.testing.assert_array_equal(getattr(found, name), [*known, *unknown])
+
+
+READ_ALL: dict[str, Callable[..., list[ClipLatents]]] = {
+    "iter_clips": lambda *args: list(tables.iter_clips(*args)),
+    "load_clips": tables.load_clips,
+    "ClipDataset": lambda *args: list(ClipDataset(*args)),
+    "load_clip": lambda folder, columns=None, kind="posterior": [
+        tables.load_clip(folder, clip, columns, kind) for clip in ("clip-a", "clip-b")
+    ],
+}
+
+
+@pytest.mark.parametrize("read", READ_ALL.values(), ids=READ_ALL)
+def test_clips_come_back_as_the_arrays_that_were_written(read, folder: str, blocks: list[Block]):
+    dense = {(b.clip, b.kind): b for b in blocks}
+    for kind in ("posterior", "predicted"):
+        clips = read(folder, None, kind)
+        assert [clip.clip for clip in clips] == ["clip-a", "clip-b"]
+        for clip in clips:
+            assert list(clip.frames) == ["background"]
+            assert_equal(clip, dense[clip.clip, kind])
+
+
+@pytest.mark.parametrize("read", READ_ALL.values(), ids=READ_ALL)
+def test_columns_choose_latents_or_single_columns(read, folder: str):
+    full = tables.load_clip(folder, "clip-b")
+    clip = read(folder, ["features", "position_x", "recon_mse"])[1]
+    assert list(clip.objects) == ["features", "position_x"]
+    np.testing.assert_array_equal(clip.objects["position_x"], full.objects["position"][..., 1])
+    assert clip.frames == {}
+    clip = read(folder, ["background"])[1]
+    assert (clip.objects, list(clip.frames)) == ({}, ["background"])
+    np.testing.assert_array_equal(clip.recon_mse, full.recon_mse)
+
+
+@pytest.mark.parametrize("read", READ_ALL.values(), ids=READ_ALL)
+def test_an_unknown_column_or_kind_lists_what_there_is(read, folder: str):
+    with pytest.raises(
+        ValueError, match=r"no column 'colour': objects/ has position \(position_y, position_x\), scale "
+    ):
+        read(folder, ["depth", "colour"])
+    with pytest.raises(
+        ValueError, match=r"no rows of kind 'interpolated', only of posterior, predicted|it has kind 'posterior'"
+    ):
+        read(folder, None, "interpolated")
+
+
+@pytest.mark.parametrize("read", READ_ALL.values(), ids=READ_ALL)
+@pytest.mark.parametrize("table", FIELDS)
+def test_no_clip_comes_from_a_damaged_or_missing_part(read, table: str, folder: str):
+    part = Path(folder, table, "shard-00001.parquet")
+    flip(part, 40)
+    with pytest.raises(ValueError, match=rf"{table}/shard-00001\.parquet is damaged"):
+        read(folder)
+    part.unlink()
+    with pytest.raises(ValueError, match=rf"{table}/shard-00001\.parquet is missing.*run jobs/extract\.py again"):
+        read(folder)
+
+
+def test_clips_of_different_lengths_and_numbers_of_objects(tmp_path: Path):
+    blocks = [block("clip-a", t=2, k=5), block("clip-b", t=7, k=1), block("clip-c", t=1, k=2)]
+    folder = write_folder(tmp_path, [blocks])
+    for found, written in zip(tables.load_clips(folder), blocks, strict=True):
+        assert_equal(found, written)
+    assert ClipDataset(folder).lengths == [2, 7, 1]
+
+
+@pytest.mark.parametrize("read", READ_ALL.values(), ids=READ_ALL)
+@pytest.mark.parametrize(
+    "other",
+    [block("clip-b"), block("clip-a", t=3), block("clip-a", first=1)],
+    ids=["another clip", "fewer frames", "other frames"],
+)
+def test_objects_and_frames_that_do_not_fit_together_are_refused(read, other: Block, tmp_path: Path):
+    folder = write_folder(tmp_path, [[block("clip-a")]], frames=[[other]])
+    with pytest.raises(
+        ValueError, match=r"in objects/ than in frames/|although its other table has|has no clip 'clip-a'"
+    ):
+        read(folder)
+
+
+@pytest.mark.parametrize("read", list(READ_ALL.values())[:3], ids=list(READ_ALL)[:3])
+def test_a_clip_in_two_parts_does_not_come_twice(read, tmp_path: Path):
+    folder = write_folder(tmp_path, [[block("clip-a")], [block("clip-a"), block("clip-b")]])
+    with pytest.raises(ValueError, match="rows of clip clip-a in part shard-00000 and in shard-00001; extract again"):
+        read(folder)
+
+
+@pytest.mark.parametrize("read", READ_ALL.values(), ids=READ_ALL)
+def test_no_clip_comes_from_a_part_of_another_model(read, folder: str):
+    path = Path(folder, "manifest.json")
+    store.publish_json(str(path), {**store.read_json(str(path)), "model_id": "n" * 64})
+    with pytest.raises(ValueError, match=r"shard-00000\.parquet has model_id m+, but its folder is of model_id n+"):
+        read(folder)
+
+
+def test_one_clip_is_read_without_the_parts_after_it(folder: str, blocks: list[Block]):
+    for table in FIELDS:
+        Path(folder, table, "shard-00001.parquet").unlink()
+    assert_equal(tables.load_clip(folder, "clip-a"), blocks[2])
+
+
+def test_an_unknown_clip_is_refused(folder: str):
+    for clip in ("clip-0", "clip-aa", "clip-c"):
+        with pytest.raises(ValueError, match=f"no clip '{clip}'; its clips lie between 'clip-a' and 'clip-b'"):
+            tables.load_clip(folder, clip)
+
+
+def test_a_clip_with_several_futures_asks_which(tmp_path: Path):
+    futures = [block("clip-a", "predicted", context=c, sample=n) for c in (2, 3) for n in (0, 1)]
+    folder = write_folder(tmp_path, [futures])
+    assert_equal(tables.load_clip(folder, "clip-a", kind="predicted", context=3, sample=1), futures[3])
+    assert [clip.sample for clip in tables.iter_clips(folder, kind="predicted")] == [0, 1, 0, 1]
+    with pytest.raises(
+        ValueError, match=r"2 runs of frames that fit, wanted one; it has .*context 3, edit '', sample 1"
+    ):
+        tables.load_clip(folder, "clip-a", kind="predicted")
+    with pytest.raises(ValueError, match="0 runs of frames that fit"):
+        tables.load_clip(folder, "clip-a", kind="predicted", edit="faster")
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """12 clips in 2 parts with 3 row groups of objects each."""
+    monkeypatch.setattr(tables, "GROUP_ROWS", 24)
+    clips = [block(f"clip-{i:02d}") for i in range(12)]
+    return write_folder(tmp_path, [clips[:6], clips[6:]])
+
+
+def test_a_dataset_gives_any_clip_in_any_order(many: str):
+    dataset = ClipDataset(many)
+    assert len(dataset) == len(dataset.keys) == len(dataset.lengths) == 12
+    assert dataset.provenance == PROVENANCE
+    for number in (7, 0, 11, 7, -1):
+        assert_equal(dataset[number], block(dataset.keys[number].clip))
+    with pytest.raises(IndexError):
+        dataset[12]
+
+
+def test_what_a_dataset_holds_is_bounded(many: str):
+    held = {}
+    for gigabytes in (0.0, 5e-6, 1.0):
+        dataset = ClipDataset(many, cache_gb=gigabytes)
+        list(dataset)
+        held[gigabytes] = sum(runs.size for runs in dataset._cache.values())
+        assert len(dataset._cache) >= 1
+    assert held[0.0] < held[5e-6] <= 5_000 < held[1.0]
+
+
+def test_changing_a_clip_does_not_change_the_next_read(folder: str, blocks: list[Block]):
+    dataset = ClipDataset(folder)
+    clip = dataset[0]
+    clip.objects["depth"][:] = clip.frames["background"][:] = clip.recon_mse[:] = 0
+    assert_equal(dataset[0], blocks[2])
+
+
+def test_a_page_that_is_damaged_after_the_first_read_is_refused(many: str):
+    dataset = ClipDataset(many, cache_gb=0)
+    list(dataset)
+    path = Path(many, "objects", "shard-00000.parquet")
+    column = pq.read_metadata(path).row_group(2).column(10)
+    flip(path, column.data_page_offset + column.total_compressed_size - 1)
+    with pytest.raises(ValueError, match=r"shard-00000\.parquet cannot be read .*if it is damaged, delete it"):
+        dataset[5]
+    assert_equal(dataset[0], block("clip-00"))
+
+
+def test_a_dataset_serves_threads(many: str):
+    dataset = ClipDataset(many, cache_gb=0)
+    order = [i * 7 % 12 for i in range(120)]
+    with ThreadPoolExecutor(8) as pool:
+        for number, clip in zip(order, pool.map(dataset.__getitem__, order), strict=True):
+            assert_equal(clip, block(f"clip-{number:02d}"))
+
+
+def test_a_dataset_travels_to_another_process_without_its_cache(many: str):
+    dataset = ClipDataset(many)
+    dataset[3]
+    data = pickle.dumps(dataset)
+    assert len(data) < 40_000
+    assert_equal(pickle.loads(data)[3], block("clip-03"))
+
+
+def test_the_data_loader_of_torch_collates_clips_in_forked_workers(many: str):
+    import torch
+    from torch.utils.data import DataLoader
+
+    dataset = ClipDataset(many, ["position", "background"])
+    dataset[0]
+    batches = list(DataLoader(cast(Any, dataset), batch_size=8, num_workers=1, multiprocessing_context="fork"))
+    assert [batch.objects["position"].shape for batch in batches] == [(8, 4, 3, 2), (4, 4, 3, 2)]
+    assert list(batches[1].clip) == [f"clip-{i:02d}" for i in range(8, 12)]
+    assert torch.equal(batches[1].frames["background"][0], torch.from_numpy(dataset[8].frames["background"]))
+
+
+def test_clips_come_from_s3_too(folder: str, blocks: list[Block], s3_folder: str):
+    remote = f"{s3_folder}/tables"
+    for path in store.list_tree(folder):
+        store.publish(f"{remote}/{path}", Path(folder, path).read_bytes())
+    for read in READ_ALL.values():
+        assert_equal(read(remote)[0], blocks[2])
+    shutil.rmtree(folder)
+    assert_equal(tables.load_clip(remote, "clip-b", kind="predicted"), blocks[3])
 
 
 @pytest.mark.parametrize("reader", READERS)
