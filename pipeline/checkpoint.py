@@ -58,6 +58,10 @@ class Loaded(NamedTuple):
     """SHA-256 of ``model.safetensors``."""
     run: dict[str, Any]
     """The run that trained it, as JSON."""
+    code: dict[str, Any]
+    """``code_revision`` of the training."""
+    dataset_id: str | None
+    """Of the data it was trained on."""
 
 
 def save_checkpoint(
@@ -77,6 +81,7 @@ def save_checkpoint(
 
     Raises:
         ValueError: ``state`` or the optimiser's state has no exact form on disk.
+        FloatingPointError: a weight or the optimiser's state is not finite; nothing was written.
     """
     import safetensors.torch
 
@@ -85,9 +90,11 @@ def save_checkpoint(
     bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     tensors, groups = _optimizer_state(optimizer)
     content = {**state, "schema": SCHEMA, "step": step, "code": code_revision(), "optimizer": {"groups": groups}}
+    weights, tensors = _on_disk(bare.state_dict()), _on_disk(tensors)
+    _require_finite(step, bare, weights, optimizer, tensors)
     files = {
-        _MODEL: safetensors.torch.save(_on_disk(bare.state_dict())),
-        _OPTIMIZER: safetensors.torch.save(_on_disk(tensors)),
+        _MODEL: safetensors.torch.save(weights),
+        _OPTIMIZER: safetensors.torch.save(tensors),
         _STATE: store.json_bytes(content),
     }
     complete = store.sealed_json(
@@ -103,8 +110,24 @@ def save_checkpoint(
     before = _read_last(run_dir)
     last = {"step": step, "checkpoint": name, "best": name if best else before and before["best"]}
     store.publish_json(store.join(run_dir, "last.json"), last)
-    _retire(run_dir, step, keep_last, last["best"])
+    retire(run_dir, keep_last=keep_last)
     return path
+
+
+def retire(run_dir: str, *, keep_last: int) -> None:
+    """Remove checkpoints older than the newest ``keep_last``, except the best, and remains of killed attempts."""
+    last = _read_last(run_dir)
+    if last is None:
+        return
+    folder, newest = store.join(run_dir, "checkpoints"), _step(last["checkpoint"])
+    # Later steps are of an attempt that got no further than here; the replay will write them again.
+    older = [name for name in store.list_names(folder) if _NAME.fullmatch(name) and _step(name) <= newest]
+    complete = [name for name in older if store.exists(store.join(folder, name, "COMPLETE"))]
+    kept = set(sorted(complete, key=_step)[-keep_last:])
+    for name in older:
+        if name not in kept and f"checkpoints/{name}" != last["best"]:
+            store.remove(store.join(folder, name, "COMPLETE"))  # first, so that no half of it looks whole
+            store.remove_tree(store.join(folder, name))
 
 
 def load_last(run_dir: str) -> Saved | None:
@@ -131,7 +154,7 @@ def load_last(run_dir: str) -> Saved | None:
 def last_step(run_dir: str) -> int | None:
     """Return the step of the checkpoint that ``last.json`` names, without reading it; ``None`` if there is none."""
     last = _read_last(run_dir)
-    return None if last is None else int(last["checkpoint"].rpartition("-")[2])
+    return None if last is None else _step(last["checkpoint"])
 
 
 def restore(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -196,6 +219,8 @@ def load_model(
         step=state["step"],
         model_id=hashlib.sha256(files[_MODEL]).hexdigest(),
         run=state.get("run", {}),
+        code=state.get("code", {}),
+        dataset_id=state.get("dataset_id"),
     )
 
 
@@ -294,6 +319,27 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor
     return tensors, groups
 
 
+def _require_finite(
+    step: int,
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    for name, tensor in (*weights.items(), *tensors.items()):
+        if torch.isfinite(tensor).all():
+            continue
+        if name not in weights:
+            index, _, field = name.partition("/")
+            parameter = [parameter for group in optimizer.param_groups for parameter in group["params"]][int(index)]
+            name = f"{field} (optimiser) of {next(n for n, p in model.named_parameters() if p is parameter)}"
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise FloatingPointError(
+            f"at step {step} {bad} of {tensor.numel()} values of {name} are NaN or infinite; no checkpoint was "
+            "written, the one before stays the last; start again with a lower optim.lr or with optim.clip_norm"
+        )
+
+
 def _load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
     try:
         model.load_state_dict(tensors)
@@ -302,6 +348,10 @@ def _load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) ->
         raise ValueError(
             f"the weights of {path} do not fit this config of {type(model).__name__}: {reasons}"
         ) from error
+
+
+def _step(name: str) -> int:
+    return int(name.rpartition("-")[2])
 
 
 def _read_last(run_dir: str) -> dict[str, Any] | None:
@@ -336,7 +386,7 @@ def _checkpoint_folder(path: str, which: Literal["last", "best"]) -> str:
 
 
 def _read_files(path: str, names: tuple[str, ...]) -> dict[str, bytes]:
-    remedy = "restore it from a copy, or name an older complete checkpoint in last.json"
+    remedy = "restore it from a copy; other jobs than training take an older checkpoint's own folder, too"
     try:
         complete = store.read_json(store.join(path, "COMPLETE"))
     except FileNotFoundError:
@@ -363,6 +413,9 @@ def _parse_state(path: str, data: bytes) -> dict[str, Any]:
         state = json.loads(data)
         if state["schema"] != SCHEMA or not isinstance(state["step"], int):
             raise ValueError(f"schema {state['schema']}, this version reads {SCHEMA}")
+        name = path.rpartition("/")[2]
+        if _NAME.fullmatch(name) and _step(name) != state["step"]:
+            raise ValueError(f"it is of step {state['step']}, the folder was renamed")
         return state
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{store.join(path, _STATE)} cannot be read: {error!r}") from error
@@ -376,16 +429,3 @@ def _parse_tensors(path: str, name: str, data: bytes) -> dict[str, Tensor]:
         return dict(sorted(safetensors.torch.load(data).items()))  # it comes in a random order
     except safetensors.SafetensorError as error:
         raise ValueError(f"{store.join(path, name)} is not a safetensors file: {error}") from error
-
-
-def _retire(run_dir: str, step: int, keep_last: int, best: str | None) -> None:
-    """Remove checkpoints older than the newest ``keep_last``, except the best, and remains of killed attempts."""
-    folder = store.join(run_dir, "checkpoints")
-    # Later steps are of an attempt that got no further than here; the replay will write them again.
-    older = [name for name in store.list_names(folder) if _NAME.fullmatch(name) and int(name[5:]) <= step]
-    complete = [name for name in older if store.exists(store.join(folder, name, "COMPLETE"))]
-    kept = set(sorted(complete, key=lambda name: int(name[5:]))[-keep_last:])
-    for name in older:
-        if name not in kept and f"checkpoints/{name}" != best:
-            store.remove(store.join(folder, name, "COMPLETE"))  # first, so that no half of it looks whole
-            store.remove_tree(store.join(folder, name))

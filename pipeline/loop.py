@@ -14,11 +14,12 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -27,13 +28,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from objdyn import clips, families
-from pipeline import checkpoint, store
+from pipeline import checkpoint, failpoints, store
 from pipeline.config import TrainRun, flatten_settings, torch_device, with_overrides
 from pipeline.presets import PRESETS
 from pipeline.reader import MicroBatch, Source, TrainingReader, has_split, iter_clips, open_source
 
 MAX_SKIPPED = 5
 """Steps in a row with a non-finite loss or gradient after which the run stops."""
+NAMES_SHOWN = 8
+"""Names of clips or parameters in a message; ``metrics.jsonl`` has every clip."""
 PUBLISH_SECONDS = 30.0
 """How often metrics are published where they cannot be appended."""
 EVAL_HORIZON = 10
@@ -87,7 +90,8 @@ def open_run(run: TrainRun) -> TrainRun:
     if not run.resume:
         if store.exists(path):
             raise ValueError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
-        if names := store.list_names(out):
+        # A run that was killed before it had a config.json leaves nothing that counts.
+        if names := [name for name in store.list_names(out) if not store.is_temporary(name)]:
             raise ValueError(f"{out} is not empty (it holds {names[0]}) and holds no run; choose another --out")
         _try_one_clip(run)
         store.publish_json(path, _stored(run))
@@ -107,7 +111,8 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
 
     Raises:
         ValueError: data that does not fit the model, a damaged checkpoint, another dataset than the run began with.
-        FloatingPointError: the loss was not finite ``MAX_SKIPPED`` steps in a row.
+        FloatingPointError: a loss or gradient was not finite ``MAX_SKIPPED`` steps in a row, or a weight or the
+            optimiser's state no longer is; the last checkpoint stays as it was.
     """
     worker = worker or Worker()
     device = worker.device or torch_device(run.device, run.workers)
@@ -133,6 +138,8 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
             )
         checkpoint.restore(saved, model, optimizer)
         step, position, best = saved.step, saved.state["position"], saved.state["best"]
+        if worker.rank == 0:
+            checkpoint.retire(run.out, keep_last=run.keep_last)  # which the run may have been killed before or in
     if step >= run.steps:
         return saved.path if saved else ""
 
@@ -170,27 +177,30 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
                     terms[name] = terms.get(name, torch.zeros_like(value)) + value / accumulate
             position += run.optim.batch_size
 
-            # gradients are the mean over workers, so all of them see the same norm and decide alike
-            norm = nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip_norm or float("inf"))
-            if not torch.isfinite(norm):
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            if not _on_all_workers(torch.isfinite(terms["loss"]) & torch.isfinite(norm), worker.world):
                 skipped += 1
-                keys = _gather(keys, worker.world)
-                _emit(log, worker, {"kind": "skipped", "step": step, "clips": keys})
+                keys, names = _not_finite(keys, terms, model, worker.world)
+                # The step that was tried, not the one before: that one may be saved, and its lines then stay.
+                _emit(log, worker, {"kind": "skipped", "step": step + 1, "not_finite": names, "clips": keys})
                 if skipped == MAX_SKIPPED:
                     raise FloatingPointError(
-                        f"loss or gradient was not finite {MAX_SKIPPED} steps in a row, last after step {step} on "
-                        f"clips {', '.join(keys)}; lower optim.lr, or set optim.clip_norm"
+                        f"{_listed(names)} not finite {MAX_SKIPPED} steps in a row, last in step {step + 1} on clips "
+                        f"{_listed(keys)}; start again with a lower optim.lr or with optim.clip_norm"
                     )
                 continue
             skipped = 0
             window.add(terms)
+            if run.optim.clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(model.parameters(), run.optim.clip_norm, norm)
             for group, factor in zip(optimizer.param_groups, factors, strict=True):
                 group["lr"] = run.optim.lr * factor * run.optim.decay ** (step // run.optim.decay_steps)
             optimizer.step()
             step += 1
 
             last = step == run.steps
-            if step % run.log_every == 0 or last:
+            save = step % run.checkpoint_every == 0 or last
+            if step % run.log_every == 0 or save:  # a run that goes on from a checkpoint begins with an empty window
                 line = {
                     "kind": "train",
                     "step": step,
@@ -198,16 +208,17 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
                     **window.mean(worker.world),
                     "lr": optimizer.param_groups[0]["lr"],
                     "steps_per_second": window.rate,
+                    "skipped": log.skipped if log is not None else 0,
                 }
                 window = _Window()
                 _emit(log, worker, line)
-            save = step % run.checkpoint_every == 0 or last
             improved = False
             if held_out is not None and run.eval_every and (step % run.eval_every == 0 or last):
                 families.set_step(model, step)
                 held = evaluate(model, held_out, run, device, worker.rank, worker.world)
                 _emit(log, worker, {"kind": "eval", "step": step, **held})
-                improved = save and (best is None or held["recon_psnr"] > best)
+                psnr_is_known = math.isfinite(held["recon_psnr"])
+                improved = save and psnr_is_known and (best is None or held["recon_psnr"] > best)
                 best = held["recon_psnr"] if improved else best
                 window.restart_clock()
             if save:
@@ -285,6 +296,8 @@ class MetricsLog:
         self.remote = store.is_url(out)
         kept = read_metrics(out, step)
         self.lines = [json.dumps(line) for line in kept]
+        self.skipped = sum(line["kind"] == "skipped" for line in kept)
+        """Steps skipped since the run began."""
         store.publish(self.path, "".join(f"{line}\n" for line in self.lines).encode())
         self.out = out
         self.events = tempfile.mkdtemp(prefix="objdyn-events-") if self.remote else store.join(out, "tensorboard")
@@ -300,29 +313,43 @@ class MetricsLog:
             self.writer.close()
 
     def write(self, line: dict[str, Any]) -> None:
-        """Add one line."""
-        text = json.dumps(line)
+        """Add one line; a number that is not finite becomes null, since JSON has none such."""
+        self.skipped += line["kind"] == "skipped"
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        text = json.dumps(known, allow_nan=False)
         self.lines.append(text)
         if not self.remote:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"{text}\n")
+            self._append(f"{text}\n".encode())
         elif time.monotonic() - self.published > PUBLISH_SECONDS:
             self.sync()
         if self.writer is not None:
-            for name, value in line.items():
-                if isinstance(value, float):
-                    self.writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+            with store.naming(self.events):
+                for name, value in line.items():
+                    if isinstance(value, float):
+                        self.writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
 
     def sync(self) -> None:
         """Make everything so far durable, on object storage by publishing it."""
         if self.writer is not None:
-            self.writer.flush()
-        if self.remote:
+            with store.naming(self.events):
+                self.writer.flush()
+        if not self.remote:
+            with store.naming(self.path), open(self.path, "ab") as file:
+                os.fsync(file.fileno())
+        else:
             store.publish(self.path, "".join(f"{line}\n" for line in self.lines).encode())
             for name in os.listdir(self.events):
                 with open(os.path.join(self.events, name), "rb") as file:
                     store.publish(store.join(self.out, "tensorboard", name), file.read())
             self.published = time.monotonic()
+
+    def _append(self, data: bytes) -> None:
+        half = len(data) // 2
+        with store.naming(self.path), open(self.path, "ab") as file:
+            file.write(data[:half])
+            file.flush()
+            failpoints.reach("append", self.path)
+            file.write(data[half:])
 
 
 def read_metrics(out: str, step: int | None = None) -> list[dict[str, Any]]:
@@ -352,11 +379,13 @@ class Progress:
         """Show a line of metrics."""
         shown = {k: v for k, v in line.items() if isinstance(v, float) and k not in ("lr", "steps_per_second")}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        text += f"  skipped {line['skipped']}" if line.get("skipped") else ""
         if line["kind"] == "eval":
             self._print(f"held out at step {line['step']}: {text}")
             return
         if line["kind"] == "skipped":
-            self._print(f"step {line['step']}: loss or gradient not finite, skipped; clips {', '.join(line['clips'])}")
+            names, keys = _listed(line["not_finite"]), _listed(line["clips"])
+            self._print(f"step {line['step']}: {names} not finite, skipped; clips {keys}")
             return
         if self.bar is not None:
             self.bar.update(line["step"] - self.bar.n)
@@ -456,13 +485,34 @@ def _no_sync(model: Any, active: bool) -> contextlib.AbstractContextManager[Any]
     return model.no_sync() if active and hasattr(model, "no_sync") else contextlib.nullcontext()
 
 
-def _gather(keys: list[str], world: int) -> list[str]:
-    """The keys of all workers."""
-    if world == 1:
-        return keys
-    gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, keys)
-    return [key for part in gathered for key in part]
+def _on_all_workers(finite: Tensor, world: int) -> bool:
+    """Whether a step may count. Gradients are means over workers and agree, but each knows only its own loss."""
+    if world > 1:
+        finite = finite.int()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
+
+
+def _not_finite(
+    keys: list[str], terms: Mapping[str, Tensor], model: nn.Module, world: int
+) -> tuple[list[str], list[str]]:
+    """The clips of all workers, and what is not finite: loss terms of any worker, or else gradients by parameter."""
+    names = [name for name, value in terms.items() if not torch.isfinite(value)]
+    gathered: list[Any] = [(keys, names)]
+    if world > 1:
+        gathered *= world
+        dist.all_gather_object(gathered, (keys, names))
+    keys = [key for part, _ in gathered for key in part]
+    names = list(dict.fromkeys(name for _, part in gathered for name in part))
+    if not names:
+        grads = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
+        names = [f"gradient of {name}" for name, grad in grads if not torch.isfinite(grad).all()]
+    return keys, names or ["norm of all gradients"]
+
+
+def _listed(names: Sequence[str]) -> str:
+    rest = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _try_one_clip(run: TrainRun) -> None:

@@ -8,14 +8,17 @@ from the standard variables (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...) o
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from pipeline import failpoints
@@ -24,6 +27,8 @@ SEAL = "checksum"
 """Field of a JSON file that holds the SHA-256 of the rest of it: nothing stands above a manifest to vouch for it."""
 
 _CHUNK = 1 << 20
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Published(NamedTuple):
@@ -33,6 +38,16 @@ class Published(NamedTuple):
     """Bytes."""
     sha256: str
     """Hex digest."""
+
+
+class Entry(NamedTuple):
+    """A name in a folder, as its storage describes it."""
+
+    is_folder: bool
+    size: int
+    """Bytes of a file."""
+    modified: float
+    """Last change in seconds since the epoch; 0 for a folder of object storage, which keeps none."""
 
 
 def is_url(path: str) -> bool:
@@ -81,6 +96,23 @@ def filesystem() -> Any:
 
     # Listings must be fresh: other processes publish into the same folders.
     return s3fs.S3FileSystem(use_listings_cache=False)
+
+
+def is_temporary(name: str) -> bool:
+    """Tell the name that a local file has here while it is written; a killed process leaves it behind."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Put a file's name into what the system says while it is written: for a full disk it gives none of its own."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.filename is None and error.errno in _FULL
+        if unnamed or (isinstance(error.filename, str) and is_temporary(os.path.basename(error.filename))):
+            error.filename = path
+        raise
 
 
 def exists(path: str) -> bool:
@@ -152,7 +184,8 @@ def publish_file(path: str, writer: Callable[[BinaryIO], object]) -> Published:
     if is_url(path):
         with tempfile.TemporaryDirectory(prefix="objdyn-") as folder:
             temporary = os.path.join(folder, "upload")
-            published = _write(temporary, writer)
+            with naming(temporary):
+                published = _write(temporary, writer)
             failpoints.reach("publish", path)
             filesystem().put_file(temporary, path)
         failpoints.reach("published", path)
@@ -173,16 +206,40 @@ def create(path: str, data: bytes) -> bool:
         return created
     temporary = _temporary(path)
     try:
-        _write(temporary, lambda file: file.write(data))
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
+        with naming(path):
+            _write(temporary, lambda file: file.write(data))
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
         failpoints.reach("created", path)
         _sync_folder(os.path.dirname(path))
         return True
     finally:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def supports_create(folder: str, writers: int = 8) -> bool:
+    """Tell whether ``create`` keeps its promise in a folder that is there; leaves nothing behind.
+
+    A second writer must lose and change nothing, and of several at once one must win: some stores take a conditional
+    put and ignore the condition.
+
+    Raises:
+        OSError: the folder cannot be written, or the store refuses conditional puts.
+    """
+    name = f".objdyn-probe-{uuid.uuid4().hex}"
+    alone, race = join(folder, f"{name}-alone"), join(folder, f"{name}-race")
+    try:
+        if not create(alone, b"first") or create(alone, b"second") or read_bytes(alone) != b"first":
+            return False
+        with ThreadPoolExecutor(writers) as pool:
+            won = list(pool.map(lambda writer: create(race, b"%d" % writer), range(writers)))
+        return sum(won) == 1 and read_bytes(race) == b"%d" % won.index(True)
+    finally:
+        remove(alone)
+        remove(race)
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -255,6 +312,18 @@ def list_names(folder: str) -> list[str]:
         return []
 
 
+def list_folder(folder: str) -> dict[str, Entry]:
+    """List the names in a folder with what the storage says of each, sorted; empty if there is no such folder.
+
+    For verifying and cleaning up only, like ``list_names``.
+    """
+    try:
+        found = _list_objects(folder) if is_url(folder) else _list_directory(folder)
+        return dict(sorted(found))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
 def list_tree(folder: str) -> list[str]:
     """List all files in a folder and its sub-folders, relative to it with ``/`` between names, sorted.
 
@@ -286,6 +355,28 @@ def remove_tree(path: str) -> None:
         else:
             shutil.rmtree(path)
     failpoints.reach("removed", path)
+
+
+def _list_directory(folder: str) -> Iterator[tuple[str, Entry]]:
+    with os.scandir(folder) as found:
+        for entry in found:
+            try:
+                # A link counts as what it leads to, and as a file of its own where it leads nowhere.
+                status = entry.stat(follow_symlinks=entry.is_dir() or entry.is_file())
+            except FileNotFoundError:  # gone since the folder was listed
+                continue
+            yield entry.name, Entry(entry.is_dir(), status.st_size, status.st_mtime)
+
+
+def _list_objects(folder: str) -> Iterator[tuple[str, Entry]]:
+    prefix = folder.split("://", 1)[1].rstrip("/")
+    for found in filesystem().ls(folder, detail=True):
+        name = str(found["name"]).rstrip("/")
+        if name != prefix:  # the object of that name itself, or a placeholder that a console made for the folder
+            changed = found.get("LastModified")
+            is_folder = found["type"] == "directory"
+            modified = changed.timestamp() if changed else 0.0
+            yield name.rsplit("/", 1)[-1], Entry(is_folder, int(found["size"] or 0), modified)
 
 
 def _walk(root: str) -> Iterator[str]:
@@ -374,9 +465,10 @@ def _temporary(path: str) -> str:
 def _replacing(path: str) -> Iterator[str]:
     temporary = _temporary(path)
     try:
-        yield temporary
-        failpoints.reach("publish", path)
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            failpoints.reach("publish", path)
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

@@ -5,6 +5,7 @@ it holds nothing that a run needs and is removed at the end.
 """
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -77,7 +78,7 @@ def _fit(run: TrainRun, use_gpu: bool) -> None:
         failures = list(getattr(error, "worker_failures", {}).values())
         for failure in failures:
             cause = getattr(failure, "cause", failure)
-            if isinstance(cause, OWN_ERRORS):
+            if isinstance(cause, OWN_ERRORS) or getattr(cause, "errno", None) == errno.ENOSPC:
                 raise cause from None
         first = str(failures[0] if failures else error).strip().rpartition("\n")[2]
         raise ChildProcessError(f"a training worker failed: {first}") from error
@@ -146,7 +147,7 @@ class _Lines:
     def __init__(self, out: str) -> None:
         self.path = store.join(out, "metrics.jsonl")
         self.offset = 0
-        self.shown: set[tuple[int, str]] = set()
+        self.shown: set[tuple[Any, ...]] = set()
 
     def new(self) -> list[dict[str, Any]]:
         """Complete lines not returned before; those that a restarted worker repeats are left out."""
@@ -159,9 +160,14 @@ class _Lines:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self.offset += len(whole)
-        lines = [line for line in map(json.loads, whole.splitlines()) if (line["step"], line["kind"]) not in self.shown]
-        self.shown.update((line["step"], line["kind"]) for line in lines)
+        lines = [line for line in map(json.loads, whole.splitlines()) if _identity(line) not in self.shown]
+        self.shown.update(map(_identity, lines))
         return lines
+
+
+def _identity(line: dict[str, Any]) -> tuple[Any, ...]:
+    # A step may be skipped several times, each time with other clips.
+    return line["step"], line["kind"], *line.get("clips", ())
 
 
 def _use_gpu(run: TrainRun) -> bool:

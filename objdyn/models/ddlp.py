@@ -122,9 +122,6 @@ class DDLPConfig:
     """Optimiser steps at the start that reconstruct single glimpses instead of frames."""
     noisy_steps: int = 0
     """Optimiser steps after the warm-up with noisy scales and alphas; the warm-up is noisy, too."""
-    dynamics_from_step: int | None = None
-    """Optimiser step from which PINT alone is trained, on the encoder as it then is and without rendering (about four
-    times faster per step); None trains everything to the end, as the paper does. Ours, for short runs."""
     ramp_steps: int = 10_000
     """Optimiser steps over which the frames after the burn-in gain weight, one after the other."""
 
@@ -243,7 +240,6 @@ class Stage(NamedTuple):
 
     warmup: bool
     noisy: bool
-    dynamics: bool = False
 
 
 class DDLP(nn.Module):
@@ -287,8 +283,7 @@ class DDLP(nn.Module):
         .. math::  \frac{1}{t} \sum_t \gamma_t \left( \|x_t - \hat x_t\|^2 + \beta_{KL} KL(q_t \| p_t) \right)
 
         with the constant prior and :math:`\gamma_t = 1` in the burn-in frames, PINT's prior and the ramp's weight
-        afterwards. From ``dynamics_from_step`` on it is :math:`\beta_{KL} KL` of the later frames alone, for PINT. In
-        evaluation mode the posterior's means are decoded and every weight is 1.
+        afterwards. In evaluation mode the posterior's means are decoded and every weight is 1.
 
         Raises:
             ValueError: the clip has another size than the model, or no frame after the burn-in, or more than T + 1.
@@ -300,15 +295,9 @@ class DDLP(nn.Module):
                 f"(burn_in_frames + 1 to max_frames + 1), got {frames}; change clip_frames or model.max_frames"
             )
         stage = self._stage()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not stage.dynamics):
-            posterior = self._infer(video, sample=self.training, stage=stage)
+        posterior = self._infer(video, sample=self.training, stage=stage)
         prior = self.pint(posterior.latents.frames(None, -1))  # of frames 1 .. t-1
         weights = self._frame_weights(frames, video)
-        if stage.dynamics:
-            kl_dynamic = self._dynamic_kl(posterior, prior).sum(1).mean()
-            others = [part for part in self.children() if part is not self.pint]
-            total = self.config.kl_weight * kl_dynamic / frames + sum(map(zero_gradient, others), torch.zeros(()))
-            return Loss(total, {"kl_dynamic": kl_dynamic.detach() / frames})
 
         glimpses = self._decode_glimpses(posterior.latents)
         if stage.warmup:
@@ -543,8 +532,6 @@ class DDLP(nn.Module):
         if not self.training:
             return Stage(warmup=False, noisy=False)
         step = int(self.step)
-        if self.config.dynamics_from_step is not None and step >= self.config.dynamics_from_step:
-            return Stage(warmup=False, noisy=False, dynamics=True)
         return Stage(step < self.config.warmup_steps, step < self.config.warmup_steps + self.config.noisy_steps)
 
     def _check(self, video: Tensor) -> int:

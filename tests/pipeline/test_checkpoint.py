@@ -138,34 +138,6 @@ def test_what_was_not_finished_does_not_count(tmp_path: Path) -> None:
     assert saved.step == 3
 
 
-@pytest.mark.parametrize("kill", ["model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE", "last.json"])
-def test_killed_at_any_publish_keeps_the_checkpoint_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill: str
-) -> None:
-    model, optimizer = toy()
-    save(str(tmp_path), 1, model, optimizer, keep_last=1)
-    publish = store.publish
-
-    def killed(path: str, data: bytes) -> store.Published:
-        if path.endswith(kill):
-            raise KeyboardInterrupt
-        return publish(path, data)
-
-    train(model, optimizer, 1, 2)
-    monkeypatch.setattr(store, "publish", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save(str(tmp_path), 2, model, optimizer, keep_last=1)
-    monkeypatch.setattr(store, "publish", publish)
-    saved = load_last(str(tmp_path))
-    assert saved is not None
-    assert saved.step == 1
-    save(str(tmp_path), 2, model, optimizer, keep_last=1)
-    saved = load_last(str(tmp_path))
-    assert saved is not None
-    assert saved.step == 2
-    assert store.list_names(str(tmp_path / "checkpoints")) == ["step-00000002"]
-
-
 @pytest.mark.parametrize("name", [name for name in FILES if name != "COMPLETE"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damaged_file_is_refused_by_name(tmp_path: Path, name: str, damage: str) -> None:
@@ -180,7 +152,7 @@ def test_damaged_file_is_refused_by_name(tmp_path: Path, name: str, damage: str)
     else:
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
-    with pytest.raises(ValueError, match=f"{name} is {'missing' if damage == 'remove' else 'damaged'}.*last.json"):
+    with pytest.raises(ValueError, match=f"{name} is {'missing' if damage == 'remove' else 'damaged'}.*restore it"):
         load_last(str(tmp_path))
 
 
@@ -210,6 +182,39 @@ def test_newest_and_best_are_kept(run_dir: str) -> None:
     assert last == {"step": 50, "checkpoint": "checkpoints/step-00000050", "best": "checkpoints/step-00000020"}
     save(run_dir, 60, model, optimizer, keep_last=1, best=True)
     assert store.list_names(store.join(run_dir, "checkpoints")) == ["step-00000060"]
+
+
+def test_what_a_killed_run_did_not_get_to_remove_goes_when_it_is_resumed(tmp_path: Path) -> None:
+    model, optimizer = toy()
+    for step in (1, 2):
+        save(str(tmp_path), step, model, optimizer, keep_last=2)
+    (tmp_path / "checkpoints/step-00000001/COMPLETE").unlink()
+    checkpoint.retire(str(tmp_path), keep_last=2)
+    assert store.list_names(str(tmp_path / "checkpoints")) == ["step-00000002"]
+    checkpoint.retire(str(tmp_path / "none"), keep_last=2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(run_dir: str, bad: float) -> None:
+    model, optimizer = toy()
+    train(model, optimizer, 0, 1)
+    save(run_dir, 1, model, optimizer)
+    before = store.list_tree(run_dir)
+    with torch.no_grad():
+        model.conv.weight[0, 0, 0, :2] = bad
+    with pytest.raises(FloatingPointError, match=r"at step 2 2 of 108 values of conv.weight are NaN or infinite"):
+        save(run_dir, 2, model, optimizer)
+    assert store.list_tree(run_dir) == before
+    assert last_step(run_dir) == 1
+
+
+def test_optimizer_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    model, optimizer = toy()
+    train(model, optimizer, 0, 1)
+    optimizer.state[model.head.bias]["exp_avg_sq"][0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"1 of 2 values of exp_avg_sq \(optimiser\) of head.bias"):
+        save(str(tmp_path), 1, model, optimizer)
+    assert store.list_names(str(tmp_path)) == []
 
 
 def test_other_model_or_optimizer_is_refused(tmp_path: Path) -> None:

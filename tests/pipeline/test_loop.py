@@ -1,9 +1,9 @@
+import copy
 import dataclasses
 import io
+import itertools
 import json
-import subprocess
-import sys
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from objdyn import families
-from pipeline import checkpoint, loop
+from objdyn.interface import Loss
+from pipeline import checkpoint, failpoints, loop
 from pipeline.config import TrainRun, with_overrides
 from pipeline.presets import ABOUT, PRESETS
 from pipeline.reader import open_source
@@ -21,6 +22,12 @@ DEBUG = with_overrides(
     PRESETS["ddlp"]["debug"],
     {"optim.batch_size": 2, "threads": 1, "steps": 6, "checkpoint_every": 2, "log_every": 2, "eval_every": 4},
 )
+
+
+@pytest.fixture(autouse=True)
+def disarmed() -> Iterator[None]:
+    yield
+    failpoints.arm("")
 
 
 def run_in(folder: Path, **changes: Any) -> TrainRun:
@@ -73,25 +80,6 @@ def test_a_resumed_run_is_bit_identical(undisturbed: Path, tmp_path: Path) -> No
     assert ours["optimizer.safetensors"] == theirs["optimizer.safetensors"]
     steps = [line["step"] for line in loop.read_metrics(str(folder)) if line["kind"] == "train"]
     assert steps == [2, 4, 6]
-
-
-def test_a_killed_run_resumes_bit_identical(undisturbed: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    # the run of `undisturbed` as a command line
-    settings = {"optim.batch_size": 2, "threads": 1, "checkpoint_every": 2, "log_every": 2, "eval_every": 4}
-    words = ["debug", "--out", str(folder), "--steps", "6"]
-    words += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    process = subprocess.Popen([sys.executable, "-m", "pipeline.loop", *words], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (folder / "last.json").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.3)  # into the steps, the evaluation or the save that follow
-    process.kill()
-    process.wait()
-    assert loop.main([*words, "--resume"]) == 0
-    ours, theirs = sha256_of_last(folder), sha256_of_last(undisturbed)
-    assert ours["model.safetensors"] == theirs["model.safetensors"]
-    assert ours["optimizer.safetensors"] == theirs["optimizer.safetensors"]
 
 
 def test_resuming_a_finished_run_changes_nothing(undisturbed: Path) -> None:
@@ -156,6 +144,17 @@ def test_resume_without_out_is_refused() -> None:
         loop.open_run(dataclasses.replace(DEBUG, resume=True))
 
 
+def test_a_folder_with_only_what_a_killed_process_left_is_empty(tmp_path: Path) -> None:
+    failpoints.arm("publish:config.json=full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/run/config.json'"):
+        loop.open_run(run_in(tmp_path / "run"))
+    failpoints.arm("")
+    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "run" / f".config.json.{32 * '0'}.tmp").write_text("half")
+    loop.open_run(run_in(tmp_path / "run"))
+    assert (tmp_path / "run/config.json").exists()
+
+
 def test_without_out_the_next_free_folder_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     first = loop.open_run(dataclasses.replace(DEBUG, out=""))
@@ -163,13 +162,112 @@ def test_without_out_the_next_free_folder_is_taken(tmp_path: Path, monkeypatch: 
     assert [first.out, second.out] == [str(tmp_path / f"objdyn/runs/ddlp-00{n}") for n in (1, 2)]
 
 
-def test_losses_that_stay_non_finite_stop_the_run_naming_the_clips(tmp_path: Path) -> None:
+def nan_loss(loss: Loss, model: torch.nn.Module) -> Loss:
+    terms = {**loss.terms, "kl_dynamic": loss.terms["kl_dynamic"] * float("nan")}
+    return Loss(loss.total * float("nan"), terms)
+
+
+def infinite_loss_with_finite_gradients(loss: Loss, model: torch.nn.Module) -> Loss:
+    return loss._replace(total=loss.total + float("inf"))
+
+
+def finite_loss_with_a_nan_gradient(loss: Loss, model: torch.nn.Module) -> Loss:
+    parameter = model.get_parameter("background_encoder.mlp.4.weight")
+    return loss._replace(total=loss.total + (parameter - parameter.detach()).norm().sqrt())
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Loss], bad: set[int]) -> list[Any]:
+    """Change the loss of some tries of a step; the list gets a copy of the whole state before each try."""
+    optimizers, states, adam, real = [], [], torch.optim.Adam, loop._loss
+
+    def observed(*args: Any, **kwargs: Any) -> torch.optim.Adam:
+        optimizers.append(adam(*args, **kwargs))
+        return optimizers[-1]
+
+    def loss(model: torch.nn.Module, *args: Any) -> Loss:
+        states.append(copy.deepcopy([model.state_dict(), optimizers[-1].state_dict()["state"]]))
+        found = real(model, *args)
+        return change(found, model) if len(states) - 1 in bad else found
+
+    monkeypatch.setattr(torch.optim, "Adam", observed)
+    monkeypatch.setattr(loop, "_loss", loss)
+    return states
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (nan_loss, ["loss", "kl_dynamic"]),
+        (infinite_loss_with_finite_gradients, ["loss"]),
+        (finite_loss_with_a_nan_gradient, ["gradient of background_encoder.mlp.4.weight"]),
+    ],
+)
+def test_a_step_that_is_not_finite_changes_nothing_and_says_what_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., Loss], names: list[str]
+) -> None:
+    states = poison(monkeypatch, change, bad={1})
+    run = loop.open_run(run_in(tmp_path / "run", steps=3, eval_every=0, **{"optim.clip_norm": 200.0}))
+    shown: list[str] = []
+    loop.train(run, loop.Worker(show=lambda line: shown.append(line["kind"])))
+    assert len(states) == 4
+    assert [same(*pair) for pair in itertools.pairwise(states)] == [False, True, False]
+    lines = loop.read_metrics(run.out)
+    assert [line["kind"] for line in lines] == shown == ["skipped", "train", "train"]
+    skipped = lines[0]
+    assert (skipped["step"], skipped["not_finite"]) == (2, names)
+    assert len(skipped["clips"]) == 2
+    assert [line["skipped"] for line in lines[1:]] == [1, 1]
+
+
+def test_losses_that_stay_non_finite_stop_the_run_naming_terms_and_clips(tmp_path: Path) -> None:
     run = loop.open_run(run_in(tmp_path / "run", **{"optim.lr": 1e30, "steps": 20, "checkpoint_every": 20}))
-    with pytest.raises(FloatingPointError, match=r"5 steps in a row.*train-\d{6}.*optim.clip_norm"):
+    message = r"^loss, .* not finite 5 steps in a row, last in step 2 .*train-\d{6}.*optim.clip_norm"
+    with pytest.raises(FloatingPointError, match=message):
         loop.train(run)
-    skipped = [line["clips"] for line in loop.read_metrics(run.out) if line["kind"] == "skipped"]
-    assert [len(keys) for keys in skipped] == [2] * 5
+    skipped = [line for line in loop.read_metrics(run.out) if line["kind"] == "skipped"]
+    assert [(line["step"], len(line["clips"])) for line in skipped] == [(2, 2)] * 5
     assert checkpoint.last_step(run.out) is None
+
+
+def test_a_skipped_step_after_a_checkpoint_is_logged_once_by_a_run_killed_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, nan_loss, bad={2})
+    run = run_in(tmp_path / "run", steps=4, eval_every=0)
+    failpoints.arm("append=full@3")  # at the line of step 4, after the checkpoint and the skipped step
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        loop.train(loop.open_run(run))
+    failpoints.arm("")
+    monkeypatch.undo()
+    poison(monkeypatch, nan_loss, bad={0})
+    loop.train(loop.open_run(dataclasses.replace(run, resume=True)))
+    lines = [(line["kind"], line["step"], line.get("skipped")) for line in loop.read_metrics(run.out)]
+    assert lines == [("train", 2, 0), ("skipped", 3, None), ("train", 4, 1)]
+
+
+def test_weights_that_are_not_finite_end_the_run_at_the_checkpoint_before(tmp_path: Path) -> None:
+    run = loop.open_run(run_in(tmp_path / "run", eval_every=0, steps=2))
+    loop.train(run)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    # one update overflows, after a loss and gradients that are finite
+    with pytest.raises(FloatingPointError, match=r"at step 3 .* values of .* no checkpoint was written"):
+        loop.train(with_overrides(run, {"optim.lr": 1e39, "steps": 3}))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
+    assert checkpoint.last_step(run.out) == 2
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
+    with loop.MetricsLog(str(tmp_path), 0) as log:
+        log.write({"kind": "eval", "step": 1, "loss": float("inf"), "recon_psnr": float("nan")})
+    assert loop.read_metrics(str(tmp_path)) == [{"kind": "eval", "step": 1, "loss": None, "recon_psnr": None}]
 
 
 def test_learning_rate_decays_by_steps(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 import hashlib
 import os
+import resource
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -67,6 +69,29 @@ def test_failing_writer_keeps_the_earlier_file(folder: str) -> None:
         store.publish_file(path, write)
     assert store.read_bytes(path) == b"old"
     assert store.list_names(folder) == ["b.bin"]
+
+
+@pytest.mark.parametrize("write", [store.publish, store.create])
+def test_an_error_of_the_system_while_writing_names_the_file_and_leaves_nothing(
+    tmp_path: Path, write: Callable[[str, bytes], object]
+) -> None:
+    path, limits = str(tmp_path / "b.bin"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # like a full disk, it is told without a name
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write(path, b"x" * 50_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == path
+    assert store.list_names(str(tmp_path)) == []
+
+
+def test_temporary_names_are_told_from_others(tmp_path: Path) -> None:
+    def write(file: BinaryIO) -> None:
+        assert [store.is_temporary(name) for name in store.list_names(str(tmp_path))] == [True]
+
+    store.publish_file(str(tmp_path / "b.tmp"), write)
+    assert not any(map(store.is_temporary, ["b.tmp", ".b.tmp", ".config.json", "shard-00000.tar"]))
 
 
 def test_killed_writer_leaves_no_final_name(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import threading
@@ -68,6 +69,16 @@ def test_new_lines_of_metrics_are_shown_once_also_after_a_restart(tmp_path: Path
     assert lines.new() == []
     path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "kind": "train"}\n{"step": 3, "kind": "train"}\n')
     assert [line["step"] for line in lines.new()] == [3]
+
+
+def test_each_try_of_a_step_that_was_skipped_is_shown(tmp_path: Path) -> None:
+    tries = [{"step": 3, "kind": "skipped", "not_finite": ["loss"], "clips": [key]} for key in "ab"]
+    path, lines = tmp_path / "metrics.jsonl", train._Lines(str(tmp_path))
+    shown = []
+    for count in (1, 2, 0, 1, 2):  # the second time a restarted worker repeats them
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in tries[:count]))
+        shown += lines.new()
+    assert shown == tries
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -324,41 +324,20 @@ def test_later_frames_gain_weight_one_after_the_other(step: int, weights: list[f
     assert (model.eval()._frame_weights(6, clip()) == 1).all()
 
 
-@pytest.mark.parametrize(
-    ("step", "stage"),
-    [(0, (True, True, False)), (3, (False, True, False)), (5, (False, False, False)), (7, (False, False, True))],
-)
-def test_stages_follow_the_step(step: int, stage: tuple[bool, bool, bool]) -> None:
-    model = build(warmup_steps=3, noisy_steps=2, dynamics_from_step=7).train()
+@pytest.mark.parametrize(("step", "stage"), [(0, (True, True)), (3, (False, True)), (5, (False, False))])
+def test_stages_follow_the_step(step: int, stage: tuple[bool, bool]) -> None:
+    model = build(warmup_steps=3, noisy_steps=2).train()
     model.step.fill_(step)
     assert tuple(model._stage()) == stage
-    assert tuple(model.eval()._stage()) == (False, False, False)
+    assert tuple(model.eval()._stage()) == (False, False)
 
 
-@pytest.mark.parametrize("step", [0, 3, 5, 8])
+@pytest.mark.parametrize("step", [0, 3, 5])
 def test_every_parameter_gets_a_gradient_in_every_stage(step: int) -> None:
-    model = build(warmup_steps=3, noisy_steps=2, dynamics_from_step=8).train()
+    model = build(warmup_steps=3, noisy_steps=2).train()
     model.step.fill_(step)
     model(clip()).total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
-
-
-def test_the_dynamics_stage_trains_pint_alone_with_the_same_kl() -> None:
-    joint, alone = build().train(), build(dynamics_from_step=50).train()
-    losses = []
-    for model in (joint, alone):
-        model.step.fill_(50)
-        torch.manual_seed(3)
-        losses.append(model(clip()))
-        losses[-1].total.backward()
-    torch.testing.assert_close(losses[1].terms["kl_dynamic"], losses[0].terms["kl_dynamic"])
-    torch.testing.assert_close(losses[1].total.detach(), DEBUG.kl_weight * losses[0].terms["kl_dynamic"])
-    for (name, a), (_, b) in zip(joint.named_parameters(), alone.named_parameters(), strict=True):
-        assert b.grad is not None
-        if name.startswith("pint."):
-            torch.testing.assert_close(a.grad, b.grad, msg=name)
-        else:
-            assert not b.grad.any(), name
 
 
 def test_one_particle_works() -> None:
