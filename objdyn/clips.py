@@ -8,13 +8,15 @@ How a datum walks:
     float video --to_frames--> uint8 (..., t, h, w, c)
 """
 
+import contextlib
 import dataclasses
 import io
 import itertools
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import tokenize
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
@@ -38,6 +40,7 @@ _TRUTH = {
     "num_objects": ("int64", 0),
 }
 _SEEK_FRAMES = 300
+_WHOLE = 0.9  # share of the promised frames or seconds from which on a video counts as whole
 _WEBP_SIDE = 16383
 _WEBP_PIXELS = 89_000_000  # above this Pillow takes an image for a decompression bomb
 _CONTAINERS = "avi,gif,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
@@ -258,9 +261,57 @@ class VideoInfo(NamedTuple):
     width: int
     keyframes: tuple[tuple[int, int], ...]
     """(frame, pts) of keyframes to seek to, some hundreds of frames apart; empty where pts do not increase."""
+    intervals: tuple[float, float] = (0.0, 0.0)
+    """Shortest and longest time between two frames in seconds, where the rate varies; else zeros."""
 
 
-def read_video(file: str | BinaryIO, start: int = 0, length: int | None = None, stride: int = 1) -> Video:
+class VideoError(ValueError):
+    """A video that cannot be used; ``code`` sorts the reasons, the message explains."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Limits(NamedTuple):
+    """What reading one video may cost; more is refused before it is spent. None sets no limit."""
+
+    frames: int | None = None
+    """Frames of a video."""
+    pixels: int | None = None
+    """Pixels of one frame."""
+    bytes: int | None = None
+    """Size of a file."""
+    on_frame: Callable[[], object] = lambda: None
+    """Called after each decoded frame, so that a caller can tell a slow decoder from one that hangs."""
+
+    def check_frames(self, frames: int) -> None:
+        """Raise VideoError where a video has too many frames."""
+        if self.frames is not None and frames > self.frames:
+            raise VideoError("too-long", f"it has at least {frames} frames, more than max_frames={self.frames}")
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise VideoError where a frame has too many pixels."""
+        if self.pixels is not None and height * width > self.pixels:
+            raise VideoError(
+                "too-large", f"its frames are {width}x{height} pixels, more than max_pixels={self.pixels} in all"
+            )
+
+    def check_bytes(self, file: BinaryIO) -> None:
+        """Raise VideoError where a file is too large; else it is as it was, at its start."""
+        if self.bytes is not None:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            if size > self.bytes:
+                raise VideoError("too-large", f"a file of {size} bytes, more than max_file_gb={self.bytes / 1e9:g}")
+
+
+NO_LIMITS = Limits()
+
+
+def read_video(
+    file: str | BinaryIO, start: int = 0, length: int | None = None, stride: int = 1, limits: Limits = NO_LIMITS
+) -> Video:
     """Decode every ``stride``-th frame from ``start``, at most ``length`` of them, as RGB; one thread.
 
     Raises:
@@ -268,7 +319,7 @@ def read_video(file: str | BinaryIO, start: int = 0, length: int | None = None, 
     """
     stop = None if length is None else start + (length - 1) * stride + 1
     frames, fps = [], 0.0
-    for index, frame, stream in _decode(file):
+    for index, frame, stream in _decode(file, limits):
         fps = stream.fps
         if stop is not None and index >= stop:
             break
@@ -282,7 +333,10 @@ def read_video(file: str | BinaryIO, start: int = 0, length: int | None = None, 
 
 
 def video_frames(
-    file: str | BinaryIO, wanted: Collection[int], keyframes: Sequence[tuple[int, int]] = ()
+    file: str | BinaryIO,
+    wanted: Collection[int],
+    keyframes: Sequence[tuple[int, int]] = (),
+    limits: Limits = NO_LIMITS,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Decode the frames whose index is in ``wanted``, in order: (index, uint8 (h, w, 3)); ends early if the video does.
 
@@ -291,77 +345,221 @@ def video_frames(
     from the start when it does not land on the frame it should.
 
     Raises:
-        ValueError: the file is no video or is damaged.
+        ValueError: the file is no video, is damaged, or passes a limit.
     """
     if not wanted:
         return
     first, last = min(wanted), max(wanted)
-    for index, frame, _ in _decode(file, [entry for entry in keyframes if entry[0] <= first][-2:-1]):
+    for index, frame, _ in _decode(file, limits, [entry for entry in keyframes if entry[0] <= first][-2:-1]):
         if index in wanted:
+            if frame.is_corrupt:
+                raise VideoError("damaged", f"FFmpeg marks frame {index} as damaged")
             yield index, frame.to_ndarray(format="rgb24")
         if index >= last:
             return
 
 
-def probe_video(file: str | BinaryIO) -> VideoInfo:
+def probe_video(file: str | BinaryIO, limits: Limits = NO_LIMITS) -> VideoInfo:
     """Count the frames of a video by decoding all of it, since headers promise too much or too little.
 
     Raises:
-        ValueError: the file is no video, is damaged, or holds no frame.
+        VideoError: with code ``unreadable``, ``no-video`` (only sound), ``no-decoder``, ``no-frames``, ``truncated``
+            (less than 90 % of what the header promises), ``damaged``, ``bad-geometry`` (frames differ in size),
+            ``too-long`` or ``too-large``.
     """
     frames, height, width, ordered, last = 0, 0, 0, True, -math.inf
+    step, shortest, longest = 0.0, math.inf, 0.0
+    most = math.inf if limits.frames is None else limits.frames
+    corrupt, first_corrupt = 0, 0
     keyframes: list[tuple[int, int]] = []
-    found: _Stream | None = None
-    for index, frame, stream in _decode(file):
-        found = stream
-        frames, height, width = index + 1, frame.height, frame.width
-        pts = frame.pts
-        ordered = ordered and pts is not None and pts > last
-        last = pts if ordered else last
-        if (
-            ordered
-            and pts is not None
-            and frame.key_frame
-            and (not keyframes or index - keyframes[-1][0] >= _SEEK_FRAMES)
-        ):
-            keyframes.append((index, pts))
-    if found is None:
-        raise ValueError("the video holds no frame that decodes")
-    return VideoInfo(frames, found.promised, found.fps, height, width, tuple(keyframes) if ordered else ())
+    stream = _Stream()
+    ended = ""
+    try:
+        for index, frame, found in _decode(file, limits):
+            if not frames:
+                stream, height, width = found, frame.height, frame.width
+                limits.check_size(height, width)
+                limits.check_frames(stream.promised)
+            elif frame.height != height or frame.width != width:
+                raise VideoError(
+                    "bad-geometry", f"frame {index} is {frame.width}x{frame.height}, those before it {width}x{height}"
+                )
+            frames = index + 1
+            if frames > most:
+                limits.check_frames(frames)
+            if frame.is_corrupt:
+                corrupt, first_corrupt = corrupt + 1, first_corrupt if corrupt else index
+            pts = frame.pts
+            ordered = ordered and pts is not None and pts > last
+            if ordered and pts is not None:
+                if pts - last != step and index:
+                    step = pts - last
+                    shortest, longest = min(shortest, step), max(longest, step)
+                last = pts
+                if frame.key_frame and (not keyframes or index - keyframes[-1][0] >= _SEEK_FRAMES):
+                    keyframes.append((index, pts))
+    except _StreamError as error:
+        stream, ended = error.stream, f"; then {error}"
+    if not frames:
+        promise = f", though the header promises {stream.promised}" if stream.promised else ""
+        raise VideoError("no-frames", f"no frame decodes{promise}{ended}")
+    stream.check_whole(frames, ended)
+    if ended:
+        raise VideoError("damaged", f"decoding stops after {frames} frames{ended}")
+    if corrupt:
+        raise VideoError(
+            "damaged", f"FFmpeg marks {corrupt} of {frames} frames as damaged, the first is frame {first_corrupt}"
+        )
+    if stream.gif:
+        _check_gif_end(file)
+    # One of many ticks is rounding: 30 frames per second come in milliseconds at 33 and 34.
+    varies = ordered and longest > 1.1 * shortest and (longest - shortest > 1 or shortest == 1)
+    return VideoInfo(
+        frames,
+        stream.promised,
+        stream.fps,
+        height,
+        width,
+        tuple(keyframes) if ordered else (),
+        (shortest * stream.tick, longest * stream.tick) if varies else (0.0, 0.0),
+    )
 
 
-class _Stream(NamedTuple):
-    fps: float
-    promised: int
+@dataclass
+class _Stream:
+    """What a container says about its video."""
+
+    fps: float = 0.0
+    promised: int = 0
+    expected: float = 0.0
+    """Frames that should decode; fewer than promised where an edit list leaves some out, 0 if unknown."""
+    seconds: float = 0.0
+    """Length that the container states; 0 if unknown."""
+    end: float = 0.0
+    """When the last packet of any stream ends, in seconds; known after decoding, where no number of frames is."""
+    tick: float = 0.0
+    """Unit of pts in seconds."""
+    gif: bool = False
+
+    def check_whole(self, frames: int, ended: str) -> None:
+        """Raise VideoError if much less was found than the header promises."""
+        if frames < _WHOLE * self.expected:
+            raise VideoError("truncated", f"the header promises {self.promised} frames, {frames} decode{ended}")
+        if not self.promised and self.end < _WHOLE * self.seconds:
+            raise VideoError(
+                "truncated", f"the header promises {self.seconds:.2f} s, the data end after {self.end:.2f} s{ended}"
+            )
 
 
-def _decode(file: str | BinaryIO, seek: Sequence[tuple[int, int]] = ()) -> Iterator[tuple[int, Any, _Stream]]:
+class _StreamError(VideoError):
+    """Decoding failed; ``stream`` is what the header says."""
+
+    def __init__(self, stream: _Stream, message: str) -> None:
+        super().__init__("unreadable", message)
+        self.stream = stream
+
+
+def _decode(
+    file: str | BinaryIO, limits: Limits, seek: Sequence[tuple[int, int]] = ()
+) -> Iterator[tuple[int, Any, _Stream]]:
     """Yield (index, PyAV frame, stream) in display order, from the keyframe (index, pts) in ``seek`` if any."""
     import av
-    from av.error import FFmpegError
+    from av.error import ArgumentError, FFmpegError
 
+    facts, sized = None, True
+    if not isinstance(file, str):
+        limits.check_bytes(file)
+    # FFmpeg counts padding, hence twice the limit; it refuses before it takes memory, whatever the header says.
+    options = {} if limits.pixels is None else {"max_pixels": str(min(2**31 - 1, 2 * limits.pixels + (1 << 20)))}
     try:
-        # A whitelist, since a playlist named .mp4 would make FFmpeg open the addresses written in it.
-        with av.open(file, "r", container_options={"format_whitelist": _CONTAINERS}) as container:
-            if not container.streams.video:
-                raise ValueError("the file has no video stream")
-            stream = container.streams.video[0]
+        with av.open(
+            file,
+            "r",
+            options=options,  # for FFmpeg's own look at the streams; the decoder gets them below
+            # A whitelist, since a playlist named .mp4 would make FFmpeg open the addresses written in it.
+            container_options={"format_whitelist": _CONTAINERS},
+            metadata_errors="replace",  # a title in another encoding says nothing about the frames
+        ) as container:
+            stream = _video_stream(container)
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
-            facts = _Stream(float(stream.average_rate or stream.guessed_rate or 0), stream.frames)
+            stream.codec_context.options = options
+            facts = _facts(container, stream)
+            limits.check_size(stream.codec_context.height, stream.codec_context.width)
+            sized = stream.codec_context.width > 0
             for first, pts in seek:
                 container.seek(pts, stream=stream)
                 frames = (frame for frame in container.decode(stream) if frame.pts is not None and frame.pts >= pts)
                 frame = next(frames, None)
                 if frame is not None and frame.pts == pts:
                     for index, each in enumerate(itertools.chain((frame,), frames), first):
+                        limits.on_frame()
                         yield index, each, facts
                     return
                 container.seek(0, stream=stream)
-            for index, frame in enumerate(container.decode(stream)):
+            for index, frame in enumerate(_frames(container, stream, facts)):
+                limits.on_frame()
                 yield index, frame, facts
+    except MemoryError:
+        raise
     except (FFmpegError, OSError) as error:  # OSError: FFmpeg seeks outside of a file that is too short
-        raise ValueError(f"FFmpeg cannot read the video: {error.strerror or error}") from error
+        if isinstance(error, ArgumentError) and not sized and limits.pixels is not None:
+            raise VideoError("too-large", f"its frames pass max_pixels={limits.pixels} by far") from error
+        message = f"FFmpeg cannot read the video: {error.strerror or error}"
+        raise VideoError("unreadable", message) if facts is None else _StreamError(facts, message) from error
+
+
+def _video_stream(container: Any) -> Any:
+    from av.stream import Disposition
+
+    # An album cover is a stream of video with one frame.
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not container.streams:
+        raise VideoError("unreadable", "FFmpeg finds no stream in the file; it was cut, or never finished")
+    if not streams:
+        others = ", ".join(sorted({str(stream.type) for stream in container.streams}))
+        raise VideoError("no-video", f"the file has no video stream, it holds {others}")
+    if streams[0].codec_context is None:
+        raise VideoError("no-decoder", "FFmpeg here has no decoder for its video; convert it to a common codec")
+    return streams[0]
+
+
+def _facts(container: Any, stream: Any) -> _Stream:
+    tick = float(stream.time_base or 0)
+    seconds = stream.duration * tick if stream.duration else (container.duration or 0) / 1e6
+    rate = float(stream.average_rate or 0)
+    # The number of frames in an mp4 counts those that its edit list leaves out, the duration does not.
+    expected = min(stream.frames, seconds * rate) if stream.duration and rate else stream.frames
+    return _Stream(
+        fps=float(stream.average_rate or stream.guessed_rate or 0),
+        promised=stream.frames,
+        expected=expected,
+        seconds=seconds,
+        tick=tick,
+        gif=container.format.name == "gif",
+    )
+
+
+def _frames(container: Any, stream: Any, facts: _Stream) -> Iterator[Any]:
+    """Decode all frames; where the header counts none, the end of the data is noted for a check of its length."""
+    if facts.promised or not facts.seconds:
+        yield from container.decode(stream)
+        return
+    ticks = [float(each.time_base or 0) for each in container.streams]
+    for packet in container.demux():
+        index = packet.stream.index
+        if packet.pts is not None:
+            facts.end = max(facts.end, (packet.pts + (packet.duration or 0)) * ticks[index])
+        if index == stream.index:
+            yield from packet.decode()
+
+
+def _check_gif_end(file: str | BinaryIO) -> None:
+    """Raise VideoError where a GIF lacks its last byte: it promises nothing, and what is missing would be blank."""
+    with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as opened:
+        opened.seek(max(0, opened.seek(0, io.SEEK_END) - 4096))
+        if not opened.read().rstrip(b"\0\r\n ").endswith(b"\x3b"):
+            raise VideoError("truncated", "the GIF ends without its end mark, so its last frames are missing")
 
 
 def _check_truth(key: str, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
@@ -407,7 +605,7 @@ def _from_npy(key: str, name: str, data: bytes | memoryview) -> np.ndarray:
         if np.lib.format.read_magic(header) != (1, 0):
             raise ValueError("only npy version 1.0 is read")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # numpy parses the header as Python
         raise ValueError(f"sample {key}: {name} is not an npy array ({error})") from error
     size = math.prod(shape) * dtype.itemsize
     if dtype.hasobject or fortran or size > MAX_BYTES or header.tell() + size != len(data):

@@ -36,6 +36,8 @@ def connect(num_cpus: int | None = None) -> None:
     joining = is_joined()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's default is to run a task that its memory monitor kills again without end. The driver's value counts.
+    os.environ.setdefault("RAY_task_oom_retries", "2")
     if not joining:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         # Else Ray replaces 127.0.0.1 by the machine's address and listens on every interface: without authentication

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 
@@ -219,8 +219,9 @@ class EvaluateRun:
     """Which checkpoint of a run folder: the newest, or the best by held-out reconstruction."""
     wall_radius: float = 8.0
     """Radius of the objects that "constant velocity with walls" reflects, in pixels of a frame 64 pixels high."""
-    report_clips: int = 4
-    """Clips drawn in the report, the first ones of the split."""
+    report_clips: int = 6
+    """Clips drawn in the report: the worst, the median and the best by prediction (where nothing is predicted, by
+    reconstruction), a third each."""
 
     def __post_init__(self) -> None:
         for name in ("context", "batch_size"):
@@ -317,11 +318,28 @@ class ShardRun:
     """Share of the inputs that may be unusable; more is an error from 100 inputs on, a warning below."""
     workers: int | None = None
     """CPU slots of a Ray started by this job; None takes every core, or the cluster that is there."""
+    max_frames: int = 1_000_000
+    """Frames of one video; a longer one is quarantined."""
+    max_pixels: int = 40_000_000
+    """Pixels of one frame, width times height; a video of larger ones is quarantined. 8K has 33 to 35 million."""
+    max_file_gb: float = 64.0
+    """Size of the file (or tar member) of one video in GB; a larger one is quarantined."""
+    max_memory_gb: float = 4.0
+    """Memory that reading one video may take, in GB, on top of what its process has; on Linux."""
+    max_cpu_seconds: float = 7200.0
+    """CPU seconds that decoding one video may take in all."""
+    stall_seconds: float = 60.0
+    """Seconds that a decoder may go without giving a frame, not counting those that storage takes."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.split):
             raise ValueError(f"split must be a name of lower-case letters, digits, _ and -, got {self.split!r}")
-        for name in ("clips_per_shard", "limit", "workers"):
+        for name in ("max_file_gb", "max_memory_gb", "max_cpu_seconds", "stall_seconds"):
+            if not 0 < getattr(self, name) <= 1e6:
+                raise ValueError(f"{name} must be more than 0 and at most 1,000,000, got {getattr(self, name)}")
+        if self.max_memory_gb < 0.2:
+            raise ValueError(f"max_memory_gb must be at least 0.2, or no decoder can start, got {self.max_memory_gb}")
+        for name in ("clips_per_shard", "limit", "workers", "max_frames", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -384,11 +402,16 @@ class ExportRun:
     out: str
     """Parquet file or s3:// URL to write; an earlier one is replaced."""
     tensor: bool = True
-    """One row per clip, with one fixed-size tensor column per latent; without it the long rows."""
+    """One row per clip, with a fixed-size tensor per latent; --no-tensor writes the long rows, sorted, of one table."""
     kind: Literal["posterior", "predicted", "interpolated"] = "posterior"
     """Which rows."""
     columns: tuple[str, ...] = ()
-    """Latents to export, as the tables name them (position_y, features, ...); none given takes all."""
+    """Latents (position, which joins position_y and position_x) or single columns (position_y) to export; none given
+    takes all, or with --no-tensor those of objects/."""
+
+    def __post_init__(self) -> None:
+        if not self.out.endswith(".parquet"):
+            raise ValueError(f"out must name a file FILE.parquet, got {self.out!r}")
 
 
 @dataclass(frozen=True)
@@ -403,6 +426,30 @@ class DoctorRun:
     """Dataset folder or s3:// URL that is to be trained on; empty skips that."""
     out: str = ""
     """Folder or s3:// URL that must be writable; empty takes the folder of runs, ~/objdyn/runs."""
+    layout: Literal["videos", "frames", "gswm-hdf5", "webdataset"] = "videos"
+    """What the source holds, as for make_shards.py."""
+    frames: int = 20
+    """Frames of a clip, for estimating the dataset that the source gives; their size is the preset's."""
+    stride: int = 1
+    """Source frames from one kept frame to the next, for the same estimate."""
+    sample_seconds: float = 20.0
+    """Longest time spent on decoding a sample of the source."""
+    ray: bool = True
+    """Start Ray, or ask every node of the cluster; takes some seconds."""
+    train_step: bool = True
+    """Run a step of the preset on one or two clips to measure its memory and time."""
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.sample_seconds > 0:
+            raise ValueError(f"sample_seconds must be positive, got {self.sample_seconds}")
+
+
+BenchmarkPart = Literal["train", "rollout", "reader", "shard", "extract", "ray-train"]
+BENCHMARK_PARTS: tuple[BenchmarkPart, ...] = get_args(BenchmarkPart)
+"""What the benchmark can measure, in the order in which it does."""
 
 
 @dataclass(frozen=True)
@@ -415,18 +462,22 @@ class BenchmarkRun:
     """Preset of that family."""
     out: str = ""
     """File or s3:// URL that gets the numbers as JSON; empty only prints them."""
-    parts: tuple[Literal["train", "rollout", "reader", "shard", "extract", "ray-train"], ...] = ()
+    parts: tuple[BenchmarkPart, ...] = ()
     """What to measure; none given measures everything."""
     pairs: int = 5
-    """Alternating pairs of a stage and the same work bare; the median is reported."""
+    """Alternating pairs of a stage and the same work bare, and repetitions of the rest; the median is reported."""
     steps: int = 3
     """Optimiser steps of each measurement of training, after one that is not counted."""
     threads: int | None = None
     """Torch threads on CPU; None takes every core."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
+    scratch: str = ""
+    """Folder for generated data, removed at the end; every node must see it. Empty takes the temporary one."""
 
     def __post_init__(self) -> None:
+        if unknown := [part for part in self.parts if part not in BENCHMARK_PARTS]:
+            raise ValueError(f"unknown part {unknown[0]!r} of the benchmark; choose from {', '.join(BENCHMARK_PARTS)}")
         for name in ("pairs", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

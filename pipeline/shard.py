@@ -4,7 +4,9 @@ Three passes. *Scan* opens files that hold several videos and lists them; *probe
 frames, since headers lie; then keys and shards are assigned by position and *build* writes one tar per task. So what a
 shard holds depends on the inputs and settings alone, and the same inputs give the same bytes on any number of workers.
 
-An input that cannot be used becomes a row of ``quarantine.parquet``; the counts must balance.
+An input that cannot be used becomes a row of ``quarantine.parquet``; the counts must balance. A video may also kill,
+hang or bloat the process that reads it: Ray gives such a task a second try, then each of its videos is read in a
+process of its own (``isolate.py``), which tells the guilty one from its neighbours.
 """
 
 import contextlib
@@ -27,9 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from objdyn.clips import Clip, to_sample
-from objdyn.datasets import LAYOUTS, Cut, Fault, Found, Video, VideoError
+from objdyn.datasets import LAYOUTS, Cut, Fault, Found, Limits, Video, VideoError
 from objdyn.simulators import SIMULATORS
-from pipeline import store
+from pipeline import failpoints, isolate, store
 from pipeline.config import ShardRun
 
 SCHEMA = 1
@@ -41,6 +43,9 @@ STRICT_INPUTS = 100
 """From this many inputs on too large an unusable share is an error; below it is a warning."""
 OWNER = "objdyn"
 """Owner of every tar member; a fixed one, so that tars do not depend on who wrote them."""
+
+_READING_FAILS = (ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, EOFError)
+"""What readers raise on bad input; the storage's errors, and those of this program, are none of a video's."""
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -180,13 +185,24 @@ def survey(run: ShardRun, root: str, found: Found) -> Survey:
         return Survey(root, found.videos, (), 0)
     videos, ignored, quarantined = found.videos, found.ignored, [_quarantined(fault, "scan") for fault in found.faults]
     if LAYOUTS[run.layout].scan is not None:
-        scanned = _run_all(functools.partial(_scan, run.layout, root), [_to_json(video) for video in videos], "scan")
+        items = [_to_json(video) for video in videos]
+        scanned = _run_all(
+            functools.partial(_guarded, run, functools.partial(_scan, run, root)),
+            items,
+            "scan",
+            functools.partial(_survey_alone, run, root, "scan"),
+        )
         parts = [json.loads(result) for result in scanned]
         videos = tuple(_video(video) for part in parts for video in part["videos"])
         ignored += sum(part["ignored"] for part in parts)
         quarantined += [_quarantined(Fault(*fault), "scan") for part in parts for fault in part["faults"]]
     videos = videos[: run.limit]
-    results = _run_all(functools.partial(_probe, run, root), [_to_json(video) for video in videos], "probe")
+    results = _run_all(
+        functools.partial(_guarded, run, functools.partial(_probe, run, root)),
+        [_to_json(video) for video in videos],
+        "probe",
+        functools.partial(_survey_alone, run, root, "probe"),
+    )
     probed = []
     for video, result in zip(videos, map(json.loads, results), strict=True):
         if "fault" in result:
@@ -244,11 +260,11 @@ def build_shards(
     kept = {} if previous is None else _intact(folder, previous, plans)
     missing = [plan for plan in plans if plan.shard not in kept]
     expected = {} if previous is None else {entry["name"]: entry["sha256"] for entry in previous["shards"]}
-    task = functools.partial(build_shard, run, root, folder)
+    task = functools.partial(_guarded, run, functools.partial(build_shard, run, root, folder))
     items = [
         json.dumps({"plan": plan, "sha256": expected.get(plan.name)}, default=dataclasses.asdict) for plan in missing
     ]
-    results = _run_all(task, items, "build")
+    results = _run_all(task, items, "build", functools.partial(_build_alone, run, root, folder))
     for plan, result in zip(missing, map(json.loads, results), strict=True):
         quarantined = [Quarantined(*row) for row in result.pop("quarantined")]
         kept[plan.shard] = Built(**result, quarantined=quarantined)
@@ -258,7 +274,9 @@ def build_shards(
 def build_shard(run: ShardRun, root: str, folder: str, item: str) -> str:
     """Write one shard from its plan (JSON) and return its ``Built`` (JSON). This is the body of a Ray task.
 
-    A video that fails here decoded when it was probed, so this is rare; it is quarantined and its other clips stay.
+    A video that fails here decoded when it was probed, so this is rare; it is quarantined and its other clips stay. If
+    each video has been read in a process of its own, ``guilty`` has the code and message of those that killed it; they
+    are not touched.
     """
     from webdataset.writer import TarWriter
 
@@ -267,11 +285,14 @@ def build_shard(run: ShardRun, root: str, folder: str, item: str) -> str:
     plan = Plan(shard, tuple(Planned(_video(v), tuple(Cut(*cut) for cut in cuts)) for v, cuts in parts))
     rows: list[dict[str, Any]] = []
     quarantined: list[Quarantined] = []
+    guilty = None
+    if "guilty" in request:
+        guilty = {source: Fault(source, *reason) for source, reason in request["guilty"].items()}
 
     def write(stream: BinaryIO) -> None:
         offset = 0
         with TarWriter(stream, user=OWNER, group=OWNER, mtime=0, encoder=False) as tar:
-            for clip in _clips(run, root, plan.parts, quarantined):
+            for clip in _clips(run, root, plan.parts, quarantined, guilty):
                 sample = to_sample(clip, run.codec)
                 tar.write({"__key__": clip.key, **sample})
                 members = []
@@ -330,7 +351,10 @@ class _Source:
     @contextlib.contextmanager
     def watch(self, path: str) -> Iterator[None]:
         try:
-            yield
+            with isolate.storage():
+                yield
+        except MemoryError:  # the decoder has asked for more than there is
+            raise
         except Exception as error:  # of any type: object storage has its own
             # Kept as text: the error holds its frames, and HDF5 crashes at exit when a file of its lives on in one.
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
@@ -376,12 +400,37 @@ class _SourceFile(io.RawIOBase):
         super().close()
 
 
-def _scan(layout: str, root: str, item: str) -> str:
-    scan = LAYOUTS[layout].scan
+def _guarded(run: ShardRun, task: Callable[[str], str], item: str) -> str:
+    """Do a task under the limits that are the process's."""
+    import av  # noqa: F401  # its libraries are none of a video's memory, and their loading none of its time
+
+    with isolate.guarded(run.stall_seconds, run.max_memory_gb):
+        return task(item)
+
+
+def _limits(run: ShardRun) -> Limits:
+    """Bound what one video may cost, from now on."""
+    begin = time.thread_time()
+
+    def on_frame() -> None:
+        if isolate.frame_came() and time.thread_time() - begin > run.max_cpu_seconds:
+            raise VideoError("too-slow", f"decoding it takes more than {run.max_cpu_seconds:g} s of CPU time")
+
+    return Limits(run.max_frames, run.max_pixels, int(run.max_file_gb * 1e9), on_frame)
+
+
+def _scan(run: ShardRun, root: str, item: str) -> str:
+    scan = LAYOUTS[run.layout].scan
     assert scan is not None
-    source = _Source(root)
+    container, source = _video(json.loads(item)), _Source(root)
     try:
-        found = scan(_video(json.loads(item)), source.open)
+        with isolate.decoding():
+            failpoints.reach("decode", f"scan {container.source}")
+            found = scan(container, source.open, _limits(run))
+        if found.faults and isolate.memory_is_short():
+            raise MemoryError
+    except _READING_FAILS as error:
+        found = Found((), 0, (_fault(container, error),))
     finally:
         source.check()
     return json.dumps(
@@ -392,32 +441,47 @@ def _scan(layout: str, root: str, item: str) -> str:
 def _probe(run: ShardRun, root: str, item: str) -> str:
     video, source = _video(json.loads(item)), _Source(root)
     try:
-        probed = LAYOUTS[run.layout].probe(video, source.open)
+        with isolate.decoding():
+            failpoints.reach("decode", f"probe {video.source}")
+            probed = LAYOUTS[run.layout].probe(video, source.open, _limits(run))
         try:
             run.preprocessing().box(probed.height, probed.width)
         except ValueError as error:
             raise VideoError("bad-geometry", str(error)) from error
         result = {"video": dataclasses.asdict(probed)}
-    except ValueError as error:
+    except _READING_FAILS as error:
         result = {"fault": _fault(video, error)}
     finally:
         source.check()
     return json.dumps(result)
 
 
-def _clips(run: ShardRun, root: str, parts: Sequence[Planned], quarantined: list[Quarantined]) -> Iterator[Clip]:
+def _clips(
+    run: ShardRun,
+    root: str,
+    parts: Sequence[Planned],
+    quarantined: list[Quarantined],
+    guilty: Mapping[str, Fault] | None,
+) -> Iterator[Clip]:
     """Cut the clips of a shard; only reading is guarded, so that a full disk is not blamed on a video."""
     if run.source.startswith("sim:"):
         yield from _simulate(run, parts)
         return
     source = _Source(root)
     for part in parts:
-        clips = LAYOUTS[run.layout].read(part.video, source.open, part.cuts, run.preprocessing(), run.fps)
+        if guilty and part.video.source in guilty:
+            quarantined.append(_quarantined(guilty[part.video.source], "build"))
+            continue
+        clips = LAYOUTS[run.layout].read(part.video, source.open, part.cuts, run.preprocessing(), run.fps, _limits(run))
+        first = True
         while True:
             try:
-                clip = next(clips, None)
-            except ValueError as error:
-                quarantined.append(_quarantined(_fault(part.video, error), "build"))
+                with isolate.decoding():
+                    if first:
+                        failpoints.reach("decode", f"build {part.video.source}")
+                    first, clip = False, next(clips, None)
+            except _READING_FAILS as error:
+                quarantined.append(_quarantined(_fault(part.video, error, certain=guilty is not None), "build"))
                 clip = None
             finally:
                 source.check()
@@ -426,10 +490,17 @@ def _clips(run: ShardRun, root: str, parts: Sequence[Planned], quarantined: list
             yield clip
 
 
-def _fault(video: Video, error: Exception) -> Fault:
-    return Fault(
-        video.source, error.code if isinstance(error, VideoError) else "unreadable", " ".join(str(error).split())
-    )
+def _fault(video: Video, error: Exception, certain: bool = False) -> Fault:
+    """Say why a video cannot be used.
+
+    Raises:
+        MemoryError: memory was short, so that the error may come of that; a process of its own has told or will tell.
+    """
+    if isolate.memory_is_short() and not certain:
+        raise MemoryError from error
+    code = error.code if isinstance(error, VideoError) else "unreadable"
+    message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return Fault(video.source, code, " ".join(message.split()))
 
 
 def _quarantined(fault: Fault, stage: str) -> Quarantined:
@@ -471,27 +542,116 @@ def _simulate(run: ShardRun, parts: Sequence[Planned]) -> Iterator[Clip]:
             )
 
 
-def _run_all(task: Callable[[str], str], items: Sequence[str], label: str) -> list[str]:
+def _run_all(
+    task: Callable[[str], str], items: Sequence[str], label: str, alone: Callable[[Sequence[str]], list[str]]
+) -> list[str]:
     """Run a task on every item through Ray Data and return the results in order.
 
-    One item per block and at most two retries, since Ray would retry a task whose process dies for ever. What comes
-    back is compared with what went in, because Ray drops such an item without a word.
+    What comes back is compared with what went in, because Ray drops an item whose worker died twice without a word;
+    ``alone`` does those in another way.
 
     Raises:
-        ValueError: a task failed, or its worker process died each time.
+        ValueError: a task failed.
     """
     results = _run_tasks(task, items, label)
-    lost = [item for i, item in enumerate(items) if i not in results]
+    lost = [i for i in range(len(items)) if i not in results]
     if lost:
-        raise ValueError(
-            f"{label}: the worker process died three times on {len(lost)} of {len(items)} tasks; a video crashes the "
-            f"decoder or needs too much memory: one of {', '.join(_sources(lost[0])[:10])}; move it out of the source"
+        print(
+            f"{label}: the worker process died twice, or ran out of memory, on {len(lost)} of {len(items)} tasks; "
+            "each of their videos is now read in a process of its own",
+            flush=True,
         )
+        results |= zip(lost, alone([items[i] for i in lost]), strict=True)
     return [results[i] for i in range(len(items))]
 
 
+def _survey_alone(run: ShardRun, root: str, stage: str, items: Sequence[str]) -> list[str]:
+    """Scan or probe each video in a process of its own; one that kills it is unusable."""
+    results = []
+    for item, answer in zip(items, _ask_children(run, stage, root, "", items), strict=True):
+        if "fault" in answer:
+            fault = Fault(json.loads(item)["source"], *answer["fault"])
+            empty = {"videos": [], "ignored": 0, "faults": [fault]}
+            results.append(json.dumps(empty if stage == "scan" else {"fault": fault}))
+        else:
+            results.append(answer["result"])
+    return results
+
+
+def _build_alone(run: ShardRun, root: str, folder: str, items: Sequence[str]) -> list[str]:
+    """Read each video of the plans in a process of its own, then build each shard in one without those that killed it.
+
+    Raises:
+        ValueError: building a shard kills its process twice, though each of its videos can be read.
+    """
+    requests = [json.loads(item) | {"guilty": {}} for item in items]
+    parts = [(request, part) for request in requests for part in request["plan"][1] if part[0]["files"]]
+    answers = _ask_children(run, "read", root, "", [json.dumps(part) for _, part in parts])
+    for (request, (video, _)), answer in zip(parts, answers, strict=True):
+        if "fault" in answer:
+            request["guilty"][video["source"]] = answer["fault"]
+    results: dict[int, str] = {}
+    deaths: dict[int, tuple[str, str]] = {}
+    for _ in range(2):
+        todo = [i for i in range(len(requests)) if i not in results]
+        answers = _ask_children(run, "build", root, folder, [json.dumps(requests[i]) for i in todo])
+        results |= {i: answer["result"] for i, answer in zip(todo, answers, strict=True) if "result" in answer}
+        deaths = {i: answer["fault"] for i, answer in zip(todo, answers, strict=True) if "fault" in answer}
+    if deaths:
+        i, (_, reason) = next(iter(deaths.items()))
+        guilty = requests[i]["guilty"]
+        sources = [video["source"] for video, _ in requests[i]["plan"][1] if video["source"] not in guilty]
+        raise ValueError(
+            f"building shard {requests[i]['plan'][0]} ended its process again and again ({reason}), though each of its "
+            f"videos can be read: {', '.join(sources[:10])}; if the machine runs out of memory use fewer --workers, "
+            "else move these videos out of the source"
+        )
+    return [results[i] for i in range(len(requests))]
+
+
+def _read_only(run: ShardRun, root: str, folder: str, item: str) -> str:
+    """Cut the clips of one video and drop them; a fault that is told, not died of, is for the build to find again."""
+    video, cuts = json.loads(item)
+    for _ in _clips(run, root, [Planned(_video(video), tuple(Cut(*cut) for cut in cuts))], [], None):
+        pass
+    return ""
+
+
+ALONE: dict[str, Callable[[ShardRun, str, str, str], str]] = {
+    "scan": lambda run, root, folder, item: _scan(run, root, item),
+    "probe": lambda run, root, folder, item: _probe(run, root, item),
+    "read": _read_only,
+    "build": build_shard,
+}
+"""What a process of its own can be asked to do, see ``isolate.ask_child``: (run, root, folder, item) to a result."""
+
+
+def _ask_children(run: ShardRun, task: str, root: str, folder: str, items: Sequence[str]) -> list[dict[str, Any]]:
+    """Do a task on each item in a process of its own, through Ray; an answer has ``result`` or ``fault``.
+
+    Raises:
+        ValueError: a task failed, or Ray lost the worker that waited for such a process.
+    """
+    ask = functools.partial(isolate.ask_child, dataclasses.asdict(run), task, root, folder)
+    answers = {i: json.loads(answer) for i, answer in _run_tasks(ask, items, f"{task} alone").items()}
+    lost = [i for i in range(len(items)) if i not in answers]
+    if lost:
+        raise ValueError(
+            f"{task}: the worker process died twice on {len(lost)} of {len(items)} tasks, though it only waited for "
+            "another one; the machine may be out of memory: use fewer --workers and start again"
+        )
+    for answer in answers.values():
+        if "error" in answer:
+            raise ValueError(f"{task} failed: {answer['error']}")
+    return [answers[i] for i in range(len(items))]
+
+
 def _run_tasks(task: Callable[[str], str], items: Sequence[str], label: str) -> dict[int, str]:
-    """Run a task on every item; items whose worker died are absent from the result."""
+    """Run a task on every item; items whose worker died twice or that ran out of memory are absent from the result.
+
+    One item per block and one retry, since Ray would retry a task whose process dies for ever. A kill by Ray's memory
+    monitor has a count of its own, which ``cluster.connect`` bounds.
+    """
     if not items:
         return {}
     import ray.data
@@ -499,9 +659,11 @@ def _run_tasks(task: Callable[[str], str], items: Sequence[str], label: str) -> 
 
     def attempt(row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {"id": row["id"], "result": task(row["item"]), "error": ""}
+            return {"id": row["id"], "result": task(row["item"]), "error": "", "lost": False}
+        except MemoryError:
+            return {"id": row["id"], "result": "", "error": "", "lost": True}
         except Exception as error:  # Ray would retry nothing and drop the reason; raised again below
-            return {"id": row["id"], "result": "", "error": f"{type(error).__name__}: {error}"}
+            return {"id": row["id"], "result": "", "error": f"{type(error).__name__}: {error}", "lost": False}
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is reported by the caller
     rows = [{"id": i, "item": item} for i, item in enumerate(items)]
@@ -515,11 +677,12 @@ def _run_tasks(task: Callable[[str], str], items: Sequence[str], label: str) -> 
         with warnings.catch_warnings():
             # Ray 2.60 means to replace this argument by a named one, but has none for retries yet.
             warnings.simplefilter("ignore", RayDeprecationWarning)
-            mapped = blocks.map(attempt, num_cpus=1, max_retries=2)
+            mapped = blocks.map(attempt, num_cpus=1, max_retries=1)
         for row in mapped.iter_rows():
             if row["error"]:
                 raise ValueError(f"{label} failed: {row['error']}")
-            results[int(row["id"])] = row["result"]
+            if not row["lost"]:
+                results[int(row["id"])] = row["result"]
             progress.step()
         progress.close()
     finally:
@@ -550,14 +713,6 @@ class _Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def _sources(item: str) -> list[str]:
-    """Name the videos of a task's item."""
-    request = json.loads(item)
-    if "plan" in request:
-        return [video["source"] for video, _ in request["plan"][1]]
-    return [request["source"]]
 
 
 def _to_json(video: Video) -> str:

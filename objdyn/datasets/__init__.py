@@ -1,25 +1,44 @@
 """Readers of published formats: a listing and an ``open`` in, clips out.
 
 A layout is four functions. ``find`` sees names only; ``scan``, where one file holds several videos, opens the file and
-lists them; ``probe`` decodes a video once to count its frames; ``read`` cuts clips.
+lists them; ``probe`` decodes a video once to count its frames; ``read`` cuts clips. ``Limits`` bound what a video may
+cost; beyond them it is refused by a ``VideoError``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from objdyn.clips import Clip
+from objdyn.clips import NO_LIMITS, Clip, Limits, VideoError
 from objdyn.datasets import frames, gswm_hdf5, videos, webdataset
 from objdyn.datasets.preprocessing import Preprocessing
-from objdyn.datasets.sources import Cut, Fault, Found, Open, Video, VideoError
+from objdyn.datasets.sources import Cut, Fault, Found, Open, Video
 
-__all__ = ["LAYOUTS", "Cut", "Fault", "Found", "Layout", "Open", "Preprocessing", "Video", "VideoError"]
+__all__ = ["LAYOUTS", "Cut", "Fault", "Found", "Layout", "Limits", "Open", "Preprocessing", "Video", "VideoError"]
+
+
+class Scan(Protocol):
+    """Lists the videos of one file; see ``webdataset.scan``."""
+
+    def __call__(self, container: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Found: ...
+
+
+class Probe(Protocol):
+    """Counts the frames of one video; see ``videos.probe``."""
+
+    def __call__(self, video: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Video: ...
 
 
 class Read(Protocol):
     """Cuts clips from one video; see ``videos.read``."""
 
     def __call__(
-        self, video: Video, open_file: Open, cuts: Sequence[Cut], preprocessing: Preprocessing, fps: float = 1.0
+        self,
+        video: Video,
+        open_file: Open,
+        cuts: Sequence[Cut],
+        preprocessing: Preprocessing,
+        fps: float = 1.0,
+        limits: Limits = NO_LIMITS,
     ) -> Iterator[Clip]: ...
 
 
@@ -27,9 +46,9 @@ class Layout(NamedTuple):
     """How one published format is read."""
 
     find: Callable[[Sequence[str]], Found]
-    scan: Callable[[Video, Open], Found] | None
+    scan: Scan | None
     """None where a file or folder is one video."""
-    probe: Callable[[Video, Open], Video]
+    probe: Probe
     read: Read
     wants: str
     """What ``find`` looks for, for messages."""

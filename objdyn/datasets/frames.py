@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from objdyn.clips import Clip
+from objdyn.clips import NO_LIMITS, Clip, Limits, VideoError
 from objdyn.datasets.preprocessing import Preprocessing
-from objdyn.datasets.sources import Cut, Found, Open, Video, VideoError, cut_clips, is_hidden, natural_order
+from objdyn.datasets.sources import Cut, Found, Open, Video, cut_clips, is_hidden, natural_order
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # 16-bit and float images would be clipped in silence
@@ -37,21 +37,22 @@ def find(listing: Sequence[str]) -> Found:
     return Found(videos, ignored=len(listing) - sum(len(video.files) for video in videos))
 
 
-def probe(video: Video, open_file: Open) -> Video:
+def probe(video: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Video:
     """Decode every image once; note it where the numbering jumps.
 
     Raises:
-        VideoError: an image does not decode, two have one number, or sizes differ.
+        VideoError: an image does not decode, two have one number, sizes differ, or a limit is passed.
     """
+    limits.check_frames(len(video.files))
     numbers = [frame_number(path) or 0 for path in video.files]
     twice = next((i for i in range(1, len(numbers)) if numbers[i] == numbers[i - 1]), None)
     if twice is not None:
         raise VideoError(
             "ambiguous-order", f"{video.files[twice - 1]} and {video.files[twice]} both are frame {numbers[twice]}"
         )
-    first = _image(video.files[0], open_file).shape
+    first = _image(video.files[0], open_file, limits).shape
     for path in video.files[1:]:
-        shape = _image(path, open_file).shape
+        shape = _image(path, open_file, limits).shape
         if shape != first:
             raise VideoError("mixed-sizes", f"{path} is {shape[1]}x{shape[0]}, {video.files[0]} {first[1]}x{first[0]}")
     steps = np.diff(numbers)
@@ -61,7 +62,12 @@ def probe(video: Video, open_file: Open) -> Video:
 
 
 def read(
-    video: Video, open_file: Open, cuts: Sequence[Cut], preprocessing: Preprocessing, fps: float = 1.0
+    video: Video,
+    open_file: Open,
+    cuts: Sequence[Cut],
+    preprocessing: Preprocessing,
+    fps: float = 1.0,
+    limits: Limits = NO_LIMITS,
 ) -> Iterator[Clip]:
     """Decode and cut clips; images have no rate, so ``fps`` is recorded.
 
@@ -73,15 +79,24 @@ def read(
         cuts,
         preprocessing,
         fps,
-        lambda wanted: ((i, _image(video.files[i], open_file)) for i in sorted(wanted)),
+        lambda wanted: ((i, _image(video.files[i], open_file, limits)) for i in sorted(wanted)),
     )
 
 
-def _image(path: str, open_file: Open) -> np.ndarray:
+def _image(path: str, open_file: Open, limits: Limits) -> np.ndarray:
     try:
-        with open_file(path) as file, Image.open(file, formats=["PNG", "JPEG"]) as image:
-            if image.mode not in _MODES:
-                raise VideoError("unreadable", f"{path} has pixels of mode {image.mode}; 8-bit images are wanted")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        with open_file(path) as file:
+            limits.check_bytes(file)
+            with Image.open(file, formats=["PNG", "JPEG"]) as image:
+                limits.check_size(image.height, image.width)  # before the pixels are decoded
+                if image.mode not in _MODES:
+                    raise VideoError("unreadable", f"{path} has pixels of mode {image.mode}; 8-bit images are wanted")
+                pixels = np.asarray(image.convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise VideoError("too-large", f"{path} is larger than any image should be ({error})") from error
+    except VideoError as error:
+        raise error if path in str(error) else VideoError(error.code, f"{path}: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise VideoError("unreadable", f"{path} is no image that decodes ({error})") from error
+    limits.on_frame()
+    return pixels

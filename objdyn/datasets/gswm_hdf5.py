@@ -5,14 +5,15 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import h5py
 import numpy as np
 
-from objdyn.clips import MAX_BYTES, Clip
+from objdyn.clips import MAX_BYTES, NO_LIMITS, Clip, Limits, VideoError
 from objdyn.datasets.preprocessing import Preprocessing
-from objdyn.datasets.sources import Cut, Fault, Found, Open, Video, VideoError, cut_clips, is_hidden, natural_order
+from objdyn.datasets.sources import Cut, Fault, Found, Open, Video, cut_clips, is_hidden, natural_order
 
 EXTENSIONS = (".hdf5", ".h5")
 
@@ -25,31 +26,41 @@ def find(listing: Sequence[str]) -> Found:
     return Found(tuple(Video(path, (path,)) for path in paths), ignored=len(listing) - len(paths))
 
 
-def scan(container: Video, open_file: Open) -> Found:
-    """List the episodes of a file; a file of another layout is a fault."""
+def scan(container: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Found:
+    """List the episodes of a file; a file of another layout, or of episodes beyond a limit, is a fault."""
     path = container.files[0]
     try:
         with open_file(path) as raw, h5py.File(raw, "r") as file:
-            episodes = _dataset(file, "imgs").shape[0]
-            _dataset(file, "positions")
+            episodes, frames, height, width, _ = _dataset(file, "imgs").shape
+            for name in ("imgs", "positions"):
+                _check_stored(name, _dataset(file, name))
+            limits.check_frames(frames)
+            limits.check_size(height, width)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         code = error.code if isinstance(error, VideoError) else "unreadable"
-        return Found((), 0, (Fault(path, code, f"not an HDF5 file of G-SWM's layout: {error}"),))
+        message = f"{error}" if code.startswith("too-") else f"not an HDF5 file of G-SWM's layout: {error}"
+        return Found((), 0, (Fault(path, code, message),))
     return Found(tuple(Video(f"{path}/{i}", (path,), (i, 0)) for i in range(episodes)), ignored=0)
 
 
-def probe(video: Video, open_file: Open) -> Video:
+def probe(video: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Video:
     """Read an episode once, so that damage in it is found.
 
     Raises:
         VideoError: it cannot be read.
     """
     imgs, _, _ = _episode(video, open_file)
+    limits.on_frame()
     return dataclasses.replace(video, frames=len(imgs), height=imgs.shape[1], width=imgs.shape[2])
 
 
 def read(
-    video: Video, open_file: Open, cuts: Sequence[Cut], preprocessing: Preprocessing, fps: float = 1.0
+    video: Video,
+    open_file: Open,
+    cuts: Sequence[Cut],
+    preprocessing: Preprocessing,
+    fps: float = 1.0,
+    limits: Limits = NO_LIMITS,
 ) -> Iterator[Clip]:
     """Cut clips with positions, present and num_objects; the files have no rate, so ``fps`` is recorded.
 
@@ -59,6 +70,7 @@ def read(
         ValueError: the episode cannot be read, or the crop leaves its frames.
     """
     imgs, positions, present = _episode(video, open_file)
+    limits.on_frame()
     coordinates = preprocessing.positions(positions, *imgs.shape[1:3])
     if preprocessing.box(*imgs.shape[1:3]) != (0, 0, imgs.shape[2], imgs.shape[1]):
         present = present & (np.abs(coordinates) <= 1).all(axis=-1)
@@ -91,6 +103,18 @@ def _episode(video: Video, open_file: Open) -> tuple[np.ndarray, np.ndarray, np.
     if not np.isfinite(positions).all():
         raise VideoError("bad-layout", f"episode {video.part[0]} has positions that are not finite")
     return imgs, positions, present
+
+
+def _check_stored(name: str, dataset: h5py.Dataset) -> None:
+    """Raise VideoError where HDF5 would make up data that were never written: as many as the header likes to claim."""
+    if dataset.chunks:
+        shape = zip(dataset.shape, dataset.chunks, strict=True)
+        wanted, stored = math.prod(-(-length // chunk) for length, chunk in shape), dataset.id.get_num_chunks()
+    else:
+        wanted, stored = dataset.nbytes, dataset.id.get_storage_size()
+    if stored < wanted:
+        unit = "chunks" if dataset.chunks else "bytes"
+        raise VideoError("bad-layout", f"{name} {dataset.shape} holds {stored} of {wanted} {unit}; it is incomplete")
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:

@@ -8,19 +8,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from objdyn.clips import Clip
+from objdyn.clips import Clip, VideoError
 from objdyn.datasets.preprocessing import Preprocessing
 
 Open = Callable[[str], BinaryIO]
 """Opens a path of the listing for reading, seekable; any storage can supply one."""
-
-
-class VideoError(ValueError):
-    """A video that cannot be used; ``code`` sorts the reasons, the message explains."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -95,12 +87,15 @@ def cut_clips(
     ``images`` yields the asked-for frames in order as (index, uint8 (h, w, 3)); ``truth`` gives the truth at indices.
 
     Raises:
-        VideoError: the video ends before the last clip is full.
+        VideoError: the video ends before the last clip is full, or its frames have another size than before.
     """
     uses = Counter(index for cut in cuts for index in preprocessing.indices(cut.start))
     kept: dict[int, np.ndarray] = {}
     waiting = deque(sorted(cuts, key=lambda cut: cut.start))
     for index, image in images(frozenset(uses)):
+        if image.shape[:2] != (video.height, video.width):
+            size = f"{image.shape[1]}x{image.shape[0]}"
+            raise VideoError("changed", f"frame {index} is {size}, it was {video.width}x{video.height} before")
         kept[index] = preprocessing.apply(image)
         while waiting and index >= preprocessing.indices(waiting[0].start)[-1]:
             cut = waiting.popleft()

@@ -6,9 +6,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from objdyn.clips import Clip, probe_video, video_frames
+from objdyn.clips import NO_LIMITS, Clip, Limits, VideoError, probe_video, video_frames
 from objdyn.datasets.preprocessing import Preprocessing
-from objdyn.datasets.sources import Cut, Found, Open, Video, VideoError, cut_clips, is_hidden, natural_order
+from objdyn.datasets.sources import Cut, Found, Open, Video, cut_clips, is_hidden, natural_order
 
 EXTENSIONS = (".mp4", ".avi", ".webm", ".mov", ".gif", ".mkv")
 
@@ -24,19 +24,22 @@ def find(listing: Sequence[str]) -> Found:
     return Found(tuple(Video(path, (path,)) for path in paths), ignored=len(listing) - len(paths))
 
 
-def probe(video: Video, open_file: Open) -> Video:
-    """Count the frames by decoding.
+def probe(video: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Video:
+    """Count the frames by decoding; note what the header says wrongly, and frames at unequal times.
 
     Raises:
-        VideoError: it does not decode.
+        VideoError: it does not decode, holds much less than its header promises, or passes a limit.
     """
     with open_file(video.files[0]) as file:
-        try:
-            info = probe_video(file)
-        except ValueError as error:
-            raise VideoError("unreadable", str(error)) from error
-    differs = info.promised not in (0, info.frames)
-    note = f"the header promises {info.promised} frames, {info.frames} decode" if differs else ""
+        info = probe_video(file, limits)
+    notes = []
+    if info.promised not in (0, info.frames):
+        notes.append(f"the header promises {info.promised} frames, {info.frames} decode")
+    if info.intervals[1]:
+        shortest, longest = (1000 * seconds for seconds in info.intervals)
+        notes.append(
+            f"the frame rate varies, from {shortest:.4g} to {longest:.4g} ms between frames; clips count frames"
+        )
     return dataclasses.replace(
         video,
         frames=info.frames,
@@ -44,12 +47,17 @@ def probe(video: Video, open_file: Open) -> Video:
         width=info.width,
         fps=info.fps,
         keyframes=info.keyframes,
-        note=note,
+        note="; ".join(notes),
     )
 
 
 def read(
-    video: Video, open_file: Open, cuts: Sequence[Cut], preprocessing: Preprocessing, fps: float = 1.0
+    video: Video,
+    open_file: Open,
+    cuts: Sequence[Cut],
+    preprocessing: Preprocessing,
+    fps: float = 1.0,
+    limits: Limits = NO_LIMITS,
 ) -> Iterator[Clip]:
     """Decode and cut clips; ``fps`` stands in where the file states no rate.
 
@@ -57,15 +65,23 @@ def read(
         ValueError: the video does not decode as far as it must, or the crop leaves its frames.
     """
     with open_file(video.files[0]) as file:
-        yield from cut_clips(video, cuts, preprocessing, fps, lambda wanted: _frames(file, wanted, video.keyframes))
+        yield from cut_clips(
+            video, cuts, preprocessing, fps, lambda wanted: _frames(file, wanted, video.keyframes, limits)
+        )
 
 
 def _frames(
-    file: BinaryIO, wanted: Collection[int], keyframes: Sequence[tuple[int, int]]
+    file: BinaryIO, wanted: Collection[int], keyframes: Sequence[tuple[int, int]], limits: Limits
 ) -> Iterator[tuple[int, np.ndarray]]:
     from av.error import FFmpegError
 
     try:
-        yield from video_frames(file, wanted, keyframes)
+        yield from video_frames(file, wanted, keyframes, limits)
+    except MemoryError:
+        raise
     except FFmpegError as error:  # some are OSErrors too, but all that FFmpeg sees is the data
         raise VideoError("unreadable", f"FFmpeg cannot convert a frame: {error.strerror}") from error
+    except VideoError as error:
+        if error.code not in ("unreadable", "damaged", "no-video"):
+            raise
+        raise VideoError("changed", f"all of it decoded before, now {error}") from error

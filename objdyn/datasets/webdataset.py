@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, cast
 
-from objdyn.clips import Clip
+from objdyn.clips import NO_LIMITS, Clip, Limits, VideoError
 from objdyn.datasets import videos
 from objdyn.datasets.preprocessing import Preprocessing
 from objdyn.datasets.sources import Cut, Fault, Found, Open, Video, is_hidden, natural_order
@@ -23,7 +23,7 @@ def find(listing: Sequence[str]) -> Found:
     return Found(tuple(Video(path, (path,)) for path in paths), ignored=len(listing) - len(paths))
 
 
-def scan(container: Video, open_file: Open) -> Found:
+def scan(container: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Found:
     """List the videos of a tar in its order; a tar without its end is a fault beside what was found before.
 
     A tar may hold several members of one name; each is a video, the second is called ``NAME#2``.
@@ -35,6 +35,7 @@ def scan(container: Video, open_file: Open) -> Found:
         with open_file(path) as file:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
+                    limits.on_frame()
                     end = member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
                     if member.isreg() and not member.issparse() and videos.is_video(member.name):
                         label = member.name.lstrip("/").encode(errors="replace").decode()
@@ -47,21 +48,27 @@ def scan(container: Video, open_file: Open) -> Found:
             # Tarfile takes a missing or garbled header for the end, so a cut tar would lose its tail in silence.
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError("the end of the archive is missing")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        return Found(tuple(found), ignored, (Fault(path, "damaged-tar", f"{error}; {len(found)} videos before it"),))
+    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
+        code = error.code if isinstance(error, VideoError) else "damaged-tar"
+        return Found(tuple(found), ignored, (Fault(path, code, f"{error}; {len(found)} videos before it"),))
     return Found(tuple(found), ignored)
 
 
-def probe(video: Video, open_file: Open) -> Video:
+def probe(video: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Video:
     """Count the frames by decoding, see ``videos.probe``."""
-    return videos.probe(video, _member(video, open_file))
+    return videos.probe(video, _member(video, open_file), limits)
 
 
 def read(
-    video: Video, open_file: Open, cuts: Sequence[Cut], preprocessing: Preprocessing, fps: float = 1.0
+    video: Video,
+    open_file: Open,
+    cuts: Sequence[Cut],
+    preprocessing: Preprocessing,
+    fps: float = 1.0,
+    limits: Limits = NO_LIMITS,
 ) -> Iterator[Clip]:
     """Decode and cut clips, see ``videos.read``."""
-    yield from videos.read(video, _member(video, open_file), cuts, preprocessing, fps)
+    yield from videos.read(video, _member(video, open_file), cuts, preprocessing, fps, limits)
 
 
 def _member(video: Video, open_file: Open) -> Open:

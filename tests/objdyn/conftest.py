@@ -11,12 +11,25 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def write_video() -> Callable[..., Path]:
-    """``write(path, frames, codec, fps)`` encodes uint8 (t, h, w, 3) into the container that the name asks for."""
+    """``write(path, frames, codec, fps)`` encodes uint8 (t, h, w, 3) into the container that the name asks for.
+
+    ``muxer`` and ``title`` go to the container, further options to the codec.
+    """
     import av
 
-    def write(path: Path, frames: np.ndarray, codec: str = "libx264", fps: int = 25, **options: str) -> Path:
+    def write(
+        path: Path,
+        frames: np.ndarray,
+        codec: str = "libx264",
+        fps: int = 25,
+        muxer: dict[str, str] | None = None,
+        title: str = "",
+        **options: str,
+    ) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(str(path), "w") as container:
+        with av.open(str(path), "w", container_options=muxer or {}) as container:
+            if title:
+                container.metadata["title"] = title
             stream = cast("VideoStream", container.add_stream(codec, rate=fps, options=options))
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"

@@ -1,8 +1,12 @@
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable
+import re
+import struct
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,10 @@ import zstandard
 
 from objdyn.clips import (
     CODECS,
+    NO_LIMITS,
     Clip,
+    Limits,
+    VideoError,
     collate,
     from_sample,
     probe_video,
@@ -289,3 +296,176 @@ def test_real_videos_count_by_decoding(shared: Path) -> None:
     video = read_video(str(folder / "road_overhead.avi"), length=2)
     assert video.frames.shape == (2, 360, 640, 3)
     assert hashlib.sha256(video.frames[0]).digest() != hashlib.sha256(video.frames[1]).digest()
+
+
+def remux(path: Path, sources: Sequence[Path], times: Sequence[int] | None = None) -> Path:
+    """Put the packets of some videos one after the other into one stream, at times in milliseconds."""
+    import av
+
+    with av.open(str(path), "w") as target:
+        stream, count = None, 0
+        for source in sources:
+            with av.open(str(source)) as opened:
+                stream = stream or target.add_stream_from_template(opened.streams.video[0])
+                for packet in opened.demux(video=0):
+                    if packet.size:
+                        packet.stream, packet.time_base = stream, Fraction(1, 1000)
+                        packet.pts = packet.dts = 40 * count if times is None else times[count]
+                        target.mux(packet)
+                        count += 1
+    return path
+
+
+def cause(path: Path, limits: Limits = NO_LIMITS) -> tuple[str, str]:
+    with path.open("rb") as file, pytest.raises(VideoError) as caught:
+        probe_video(file, limits)
+    return caught.value.code, str(caught.value)
+
+
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    import av
+
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert cause(tmp_path / "a.mp4") == ("no-video", "the file has no video stream, it holds audio")
+
+
+def test_a_codec_without_decoder_is_told_from_damage(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
+) -> None:
+    path = write_video(tmp_path / "a.avi", counting_frames(3), "mpeg4")
+    path.write_bytes(path.read_bytes().replace(b"FMP4", b"ZZZZ"))
+    assert cause(path)[0] == "no-decoder"
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options", "kept", "code", "message"),
+    [
+        ("a.mp4", "libx264", {"movflags": "faststart"}, 0.0, "no-frames", "no frame decodes"),
+        ("a.mp4", "libx264", {"movflags": "faststart"}, 0.5, "truncated", "promises 60 frames, [123]. decode; then"),
+        ("a.mp4", "libx264", {"movflags": "faststart"}, 0.97, "damaged", "decoding stops after 5. frames; then FFmpeg"),
+        ("a.mp4", "libx264", {"movflags": "empty_moov+frag_keyframe"}, 0.5, "truncated", "data end after"),
+        ("a.avi", "mpeg4", {}, 0.5, "truncated", "promises 60 frames, .. decode"),
+        ("a.webm", "libvpx-vp9", {}, 0.5, "truncated", r"promises 2\.40 s, the data end after [01]\."),
+        ("a.gif", "gif", {}, 0.5, "truncated", "without its end mark"),
+    ],
+)
+def test_truncated_videos_are_known_by_what_the_header_promises(
+    tmp_path: Path,
+    write_video: Callable[..., Path],
+    name: str,
+    codec: str,
+    options: dict[str, str],
+    kept: float,
+    code: str,
+    message: str,
+) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (60, 32, 48, 3), dtype=np.uint8)
+    path = write_video(tmp_path / name, frames, codec, g="10", muxer=options)
+    data = path.read_bytes()
+    start = data.index(b"mdat") + 4 if kept == 0 else 0
+    path.write_bytes(data[: start or int(kept * len(data))])
+    found = cause(path)
+    assert (found[0], len(re.findall(message, found[1]))) == (code, 1), found
+
+
+def test_frames_that_an_edit_list_leaves_out_are_not_missing(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
+) -> None:
+    path = write_video(tmp_path / "a.mp4", counting_frames(90))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst") + 12  # after version, flags and the number of entries
+    (duration,) = struct.unpack(">I", data[at : at + 4])
+    data[at : at + 4] = struct.pack(">I", duration // 3)
+    path.write_bytes(data)
+    info = probe_video(str(path))
+    assert (30 <= info.frames <= 31, info.promised) == (True, 90)
+
+
+def test_frames_that_ffmpeg_marks_corrupt_are_damage(tmp_path: Path, write_video: Callable[..., Path]) -> None:
+    rng = np.random.default_rng(0)
+    data = write_video(tmp_path / "a.avi", rng.integers(0, 256, (20, 32, 48, 3), dtype=np.uint8), "mpeg4").read_bytes()
+    found = []
+    for start in range(len(data) // 3, len(data) * 2 // 3, len(data) // 30):
+        damaged = bytearray(data)
+        damaged[start : start + 40] = rng.bytes(40)
+        with contextlib.suppress(VideoError):
+            probe_video(io.BytesIO(damaged))
+            continue
+        (tmp_path / "b.avi").write_bytes(damaged)
+        found.append(cause(tmp_path / "b.avi"))
+    # Random bits may also decode without a mark: a video has no checksums.
+    assert len(found) > 5
+    assert {code for code, _ in found} == {"damaged"}
+    assert any(re.fullmatch(r"FFmpeg marks \d+ of \d+ frames as damaged, the first is frame \d+", m) for _, m in found)
+
+
+@pytest.mark.parametrize("name", ["c.mkv", "c.mp4"])
+def test_a_change_of_size_inside_a_video_is_refused(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray], name: str
+) -> None:
+    small = write_video(tmp_path / "a.h264", counting_frames(5))
+    large = write_video(tmp_path / "b.h264", np.zeros((5, 64, 64, 3), np.uint8))
+    assert cause(remux(tmp_path / name, [small, large])) == (
+        "bad-geometry",
+        "frame 5 is 64x64, those before it 48x32",
+    )
+
+
+@pytest.mark.parametrize("name", ["b.mp4", "b.mkv"])
+def test_a_varying_rate_is_noticed_and_rounding_is_not(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray], name: str
+) -> None:
+    plain = write_video(tmp_path / "a.h264", counting_frames(12), bf="0")
+    steady = np.round(np.arange(12) * 1000 / 30).astype(int).tolist()
+    assert probe_video(str(remux(tmp_path / name, [plain], steady))).intervals == (0.0, 0.0)
+    info = probe_video(str(remux(tmp_path / name, [plain], [*range(0, 220, 20), 320])))
+    assert info.intervals == pytest.approx((0.02, 0.12))
+
+
+def test_a_title_in_another_encoding_says_nothing_about_the_frames(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
+) -> None:
+    path = write_video(tmp_path / "a.mkv", counting_frames(4), title="caf")
+    path.write_bytes(path.read_bytes().replace(b"caf", b"\xe9af"))
+    assert probe_video(str(path)).frames == 4
+
+
+def test_limits_refuse_before_the_cost(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
+) -> None:
+    path = write_video(tmp_path / "a.mp4", counting_frames(12))
+    exact = Limits(frames=12, pixels=32 * 48, bytes=path.stat().st_size)
+    with path.open("rb") as file:
+        assert probe_video(file, exact).frames == 12
+    assert cause(path, exact._replace(frames=11)) == ("too-long", "it has at least 12 frames, more than max_frames=11")
+    assert cause(path, exact._replace(pixels=1535)) == (
+        "too-large",
+        "its frames are 48x32 pixels, more than max_pixels=1535 in all",
+    )
+    assert cause(path, exact._replace(bytes=99))[0] == "too-large"
+    calls = []
+    probe_video(str(path), Limits(on_frame=lambda: calls.append(1)))
+    assert len(calls) == 12
+
+
+@pytest.mark.parametrize("codec", ["libvpx-vp9", "mpeg4"])
+def test_frames_larger_than_the_header_says_are_refused_by_the_decoder(
+    tmp_path: Path, write_video: Callable[..., Path], codec: str
+) -> None:
+    path = write_video(tmp_path / "a.mkv", np.zeros((3, 1088, 1920, 3), np.uint8), codec, cpu_used="8")
+    assert cause(path, Limits(pixels=1000)) == ("too-large", "its frames pass max_pixels=1000 by far")
+
+
+def test_real_footage_is_usable_within_the_limits(shared: Path) -> None:
+    folders = [shared / "data" / name for name in ("physion_dominoes", "movi_a", "rnem_balls", "phyre_frames")]
+    videos = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".mp4", ".gif")]
+    assert len(videos) == 15
+    for path in videos:
+        with path.open("rb") as file:
+            info = probe_video(file, Limits(frames=1000, pixels=1 << 20, bytes=1 << 25))
+        assert (info.promised, info.intervals) == (info.frames, (0.0, 0.0))

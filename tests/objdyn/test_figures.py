@@ -158,3 +158,34 @@ def test_line_plot_on_a_log_axis_places_decades_evenly():
 def test_line_plot_of_constant_or_no_values_still_draws():
     assert "polyline" in figures.line_plot({"x": ([3], [5.0])}, x_label="", y_label="")
     assert "No values" in figures.line_plot({"x": ([1], [None])}, x_label="", y_label="loss")
+
+
+def test_line_plot_says_its_label_and_else_its_unit():
+    assert 'aria-label="loss &amp; co"' in figures.line_plot(
+        {"x": ([1], [2])}, x_label="step", y_label="nats", label="loss & co"
+    )
+    assert "No values of loss" in figures.line_plot({"x": ([1], [None])}, x_label="", y_label="", label="loss")
+
+
+def test_histogram_has_a_bar_per_bin_as_high_as_its_share_and_is_escaped():
+    svg = figures.histogram([1, 0, 4], 0.0, 3.0, x_label="<b>", unit="a & b", label='"quoted"')
+    root = ElementTree.fromstring(svg)
+    heights = [float(bar.attrib["height"]) for bar in root.findall("rect")]
+    assert heights[1] == 0
+    assert heights[0] * 4 == pytest.approx(heights[2], abs=0.3)
+    titles = [bar.findtext("title") for bar in root.findall("rect")]
+    assert titles[2] == "4 a & b from 2 to 3"
+    assert root.attrib["aria-label"] == '"quoted"'
+
+
+def test_histogram_of_one_value_is_one_bar_at_that_value():
+    root = ElementTree.fromstring(figures.histogram([5], 0.25, 0.25, x_label="x"))
+    assert len(root.findall("rect")) == 1
+    assert [text.text for text in root.iter("text")].count("0.25") == 1
+
+
+def test_what_is_not_a_number_is_not_drawn():
+    nowhere = figures.draw_particles(black(1), at(0, 0), transparency=np.array([[np.nan]]), scale=np.full((1, 1, 2), 1))
+    assert nowhere.sum() == 0
+    grid = figures.component_grid(np.full((1, 4, 4), np.nan), np.zeros((1, 4, 4, 3), np.uint8))
+    assert grid.dtype == np.uint8

@@ -212,15 +212,24 @@ def test_too_large_a_quarantined_share_fails_from_100_inputs_on(source: Path, tm
             assert reason.startswith("2 of 100 inputs cannot be used, more than --max-quarantined 0.01: bad0")
 
 
-def test_a_dying_worker_is_named_and_never_looped_on() -> None:
-    def crash(item: str) -> str:
-        if json.loads(item)["source"] == "poison.mp4":
+def test_items_whose_worker_dies_twice_or_lacks_memory_are_done_in_another_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(item: str) -> str:
+        if item in ("crash", "hog"):
+            with (tmp_path / item).open("a") as file:
+                file.write("x")
+        if item == "crash":
             os._exit(1)
+        if item == "hog":
+            raise MemoryError
         return item
 
-    items = [json.dumps({"source": name}) for name in ("good.mp4", "poison.mp4", "fine.mp4")]
-    with pytest.raises(ValueError, match=r"died three times on 1 of 3 tasks.*poison\.mp4"):
-        sharding._run_all(crash, items, "probe")
+    items = ["good", "crash", "fine", "hog"]
+    results = sharding._run_all(fail, items, "probe", lambda lost: [f"alone {item}" for item in lost])
+    assert results == ["good", "alone crash", "fine", "alone hog"]
+    assert "died twice, or ran out of memory, on 2 of 4 tasks" in capsys.readouterr().out
+    assert ((tmp_path / "crash").read_text(), (tmp_path / "hog").read_text()) == ("xx", "x")
 
 
 def test_a_failing_task_says_why() -> None:
@@ -228,7 +237,7 @@ def test_a_failing_task_says_why() -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ValueError, match=r"build failed: OSError.*No space left"):
-        sharding._run_all(fail, ["{}"], "build")
+        sharding._run_all(fail, ["{}"], "build", list)
 
 
 def test_webdataset_tars_give_the_same_clips_as_their_videos(source: Path, dataset: Path, tmp_path: Path) -> None:
@@ -345,6 +354,13 @@ def test_output_inside_the_source_is_refused(source: Path) -> None:
         ({"frames": 0}, "frames"),
         ({"max_quarantined": 2.0}, "max_quarantined"),
         ({"clips_per_shard": 0}, "clips_per_shard"),
+        ({"max_frames": 0}, "max_frames must be at least 1, got 0"),
+        ({"max_pixels": -5}, "max_pixels"),
+        ({"stall_seconds": 0.0}, "stall_seconds must be more than 0"),
+        ({"max_memory_gb": float("nan")}, "max_memory_gb"),
+        ({"max_memory_gb": 0.1}, "max_memory_gb must be at least 0.2"),
+        ({"max_file_gb": -1.0}, "max_file_gb"),
+        ({"max_cpu_seconds": float("inf")}, "max_cpu_seconds"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, object], message: str) -> None:

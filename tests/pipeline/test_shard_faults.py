@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from objdyn.datasets import LAYOUTS, Video
+from objdyn.clips import NO_LIMITS
+from objdyn.datasets import LAYOUTS, Limits, Open, Video
 from pipeline import cluster, store
 from pipeline import shard as sharding
 from pipeline.config import ShardRun
@@ -61,8 +62,8 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a.mp4 count as 14 frames when it is probed, so that it ends early when it is built."""
     layout = LAYOUTS["videos"]
 
-    def probe(video: Video, open_file) -> Video:
-        probed = layout.probe(video, open_file)
+    def probe(video: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Video:
+        probed = layout.probe(video, open_file, limits)
         return dataclasses.replace(probed, frames=14) if video.source == "a.mp4" else probed
 
     monkeypatch.setitem(LAYOUTS, "videos", layout._replace(probe=probe))

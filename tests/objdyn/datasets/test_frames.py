@@ -1,3 +1,4 @@
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from objdyn.datasets import Cut, Preprocessing, VideoError, frames
+from objdyn.datasets import Cut, Limits, Preprocessing, VideoError, frames
 
 
 def opener(root: Path) -> Callable[[str], BinaryIO]:
@@ -79,3 +80,21 @@ def test_real_frames_are_three_clips_of_a_hundred(shared: Path, name: str) -> No
     assert clip.frames.shape == (4, 128, 128, 3)
     with Image.open(root / "0" / "10.png") as image:
         assert np.array_equal(clip.frames[2], np.asarray(image.convert("RGB")))
+
+
+def test_limits_refuse_before_the_pixels_are_decoded(tmp_path: Path) -> None:
+    names = [f"a/{i}.png" for i in range(3)]
+    write_images(tmp_path, names)
+    (found,) = frames.find(names).videos
+    assert frames.probe(found, opener(tmp_path), Limits(frames=3, pixels=24, bytes=1000)).frames == 3
+    with pytest.raises(VideoError, match=r"at least 3 frames, more than max_frames=2"):
+        frames.probe(found, opener(tmp_path), Limits(frames=2))
+    with pytest.raises(VideoError, match=r"a/0\.png: a file of \d+ bytes, more than max_file_gb=1e-09"):
+        frames.probe(found, opener(tmp_path), Limits(bytes=1))
+    data = bytearray((tmp_path / "a/2.png").read_bytes())
+    data[16:24] = (5000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    (tmp_path / "a/2.png").write_bytes(data)
+    with pytest.raises(VideoError, match=r"a/2\.png: its frames are 5000x5000 pixels") as caught:
+        frames.probe(found, opener(tmp_path), Limits(pixels=24))
+    assert caught.value.code == "too-large"

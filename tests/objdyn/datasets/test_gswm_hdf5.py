@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -7,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from objdyn.datasets import Cut, Preprocessing, Video, VideoError, gswm_hdf5
+from objdyn.datasets import Cut, Limits, Preprocessing, Video, VideoError, gswm_hdf5
 
 
 def opener(root: Path) -> Callable[[str], BinaryIO]:
@@ -91,3 +92,25 @@ def test_real_positions_lie_on_the_balls(shared: Path) -> None:
     pixels = np.rint((clip.truth["positions"] + 1) / 2 * 63).astype(int).clip(0, 63)
     for frame, points in zip(clip.frames, pixels, strict=True):
         assert all(frame[y, x].max() == 255 for y, x in points)
+
+
+@pytest.mark.parametrize("chunks", [None, (1, 6, 8, 8, 3)])
+def test_episodes_that_were_never_written_are_a_fault(tmp_path: Path, chunks: tuple[int, ...] | None) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        imgs = file.create_dataset("imgs", (1000, 6, 8, 8, 3), np.uint8, chunks=chunks)
+        file["positions"] = np.zeros((1000, 6, 1, 2))
+        if chunks:
+            imgs[:2] = 1
+    found = gswm_hdf5.scan(Video("a.h5", ("a.h5",)), opener(tmp_path))
+    assert found.videos == ()
+    assert [fault.code for fault in found.faults] == ["bad-layout"]
+    assert re.search(r"imgs .* holds (2 of 1000 chunks|0 of 1152000 bytes); it is incomplete", found.faults[0].message)
+
+
+def test_limits_refuse_by_the_header_alone(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5")
+    container = Video("a.h5", ("a.h5",))
+    assert len(gswm_hdf5.scan(container, opener(tmp_path), Limits(frames=6, pixels=64 * 64)).videos) == 2
+    for limits, code in [(Limits(frames=5), "too-long"), (Limits(pixels=64 * 63), "too-large")]:
+        found = gswm_hdf5.scan(container, opener(tmp_path), limits)
+        assert ([fault.code for fault in found.faults], found.videos) == ([code], ())

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -66,3 +67,38 @@ def test_header_that_promises_too_much_is_a_note(shared: Path) -> None:
     video = videos.probe(videos.find(["highway_b.avi"]).videos[0], opener(folder))
     assert video.frames == 1699
     assert video.note == "the header promises 1700 frames, 1699 decode"
+
+
+def test_notes_say_what_is_odd(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
+) -> None:
+    import av
+
+    plain = write_video(tmp_path / "a.h264", counting_frames(5), bf="0")
+    with av.open(str(plain)) as source, av.open(str(tmp_path / "a.mp4"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet, time in zip(source.demux(video=0), (0, 20, 40, 140, 160), strict=False):
+            packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 1000), time, time
+            target.mux(packet)
+    video = videos.probe(videos.find(["a.mp4"]).videos[0], opener(tmp_path))
+    assert video.frames == 5
+    assert video.note == "the frame rate varies, from 20 to 100 ms between frames; clips count frames"
+
+
+def test_a_video_that_decodes_otherwise_than_before_has_changed(
+    tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
+) -> None:
+    write_video(tmp_path / "a.mp4", counting_frames(5))
+    video = videos.probe(videos.find(["a.mp4"]).videos[0], opener(tmp_path))
+    for frames, message in [
+        (np.zeros((5, 64, 64, 3), np.uint8), "frame 1 is 64x64, it was 48x32 before"),
+        (counting_frames(2), "frame 3 does not decode, though 5 frames were counted before"),
+        (None, "all of it decoded before, now FFmpeg cannot read the video"),
+    ]:
+        if frames is None:
+            (tmp_path / "a.mp4").write_text("no video")
+        else:
+            write_video(tmp_path / "a.mp4", frames)
+        with pytest.raises(VideoError, match=message) as caught:
+            list(videos.read(video, opener(tmp_path), [Cut("k", 1)], Preprocessing(3)))
+        assert caught.value.code == "changed"
