@@ -426,7 +426,10 @@ class _FolderSource:
         try:
             if (fields["schema"], fields["kind"]) != (SCHEMA, "dataset"):
                 raise ValueError(f"schema {fields['schema']} of kind {fields['kind']!r}, this version reads {SCHEMA}")
+            if fields["split"] != split:
+                raise ValueError(f"it is of split {fields['split']!r}")
             self.num_frames, self.height, self.width = (int(fields[name]) for name in ("frames", "height", "width"))
+            self._shape = (self.num_frames, self.height, self.width, int(fields["channels"]))
             self._shards = [_listed(entry["name"], entry, int(entry["samples"])) for entry in fields["shards"]]
             index = _listed("index.parquet", fields["index"], 0)
             if sum(shard.samples for shard in self._shards) != fields["clips"]:
@@ -454,7 +457,7 @@ class _FolderSource:
         inside = all(0 <= start <= start + size <= len(data) for places in members for start, size in places.values())
         if len(members) != listed.samples or set(rows["shard"]) - {listed.name} or not inside:
             raise ValueError(f"{self._folder}/index.parquet does not fit {listed.name}; make the dataset again")
-        return _FolderShard(path, data, rows["key"], members)
+        return _FolderShard(path, data, rows["key"], members, self._shape)
 
     def _open_index(self, listed: _Listed) -> Any:
         import pyarrow as pa
@@ -508,12 +511,18 @@ class _FolderSource:
 
 class _FolderShard:
     def __init__(
-        self, path: str, data: mmap.mmap, keys: Sequence[str], members: Sequence[Mapping[str, tuple[int, int]]]
+        self,
+        path: str,
+        data: mmap.mmap,
+        keys: Sequence[str],
+        members: Sequence[Mapping[str, tuple[int, int]]],
+        shape: tuple[int, ...],
     ) -> None:
         self._path = path
         self._data = memoryview(data)
         self._keys = keys
         self._members = members
+        self._shape = shape
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -529,6 +538,8 @@ class _FolderShard:
         }
         try:
             clip = from_sample(self._keys[i], members)
+            if clip.frames.shape != self._shape:
+                raise ValueError(f"clip {clip.key} is {clip.frames.shape}, the manifest says {self._shape}")
         except ValueError as error:
             raise ValueError(f"{self._path}: {error}") from error
         if start == 0 and length is None:
