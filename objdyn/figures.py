@@ -127,7 +127,7 @@ def component_grid(masks: np.ndarray, components: np.ndarray, *, factor: int = 2
         columns: components per line.
     """
     frame_colours = [MUTED, *(_rgb(c) for c in colours(len(masks) - 1))]
-    grey = np.round(np.clip(masks, 0, 1) * 255).astype(np.uint8)[..., None]
+    grey = np.round(np.clip(np.nan_to_num(masks), 0, 1) * 255).astype(np.uint8)[..., None]
     cells = []
     for k, colour in enumerate(frame_colours):
         pair = np.concatenate([upscale(components[k], factor), upscale(grey[k], factor)], axis=0)
@@ -235,6 +235,7 @@ def line_plot(
     mark_x: int | float | None = None,
     styles: Mapping[str, int] | None = None,
     size: tuple[int, int] = (460, 260),
+    label: str = "",
 ) -> str:
     """Curves as an ``<svg>`` element to put into an HTML page; it takes the page's font and scales with its width.
 
@@ -247,6 +248,7 @@ def line_plot(
         styles: name -> number of its colour and dashes, for plots that share names; by order where not given. Number 0
             is drawn boldly.
         size: width and height of the drawing in its own units.
+        label: what a screen reader says; empty takes ``y_label``.
     """
     width, height = size
     style = {name: _curve_style((styles or {}).get(name, i)) for i, name in enumerate(series)}
@@ -257,7 +259,7 @@ def line_plot(
     points = {name: _finite(x, y, log_y) for name, (x, y) in series.items()}
     flat = [point for run in points.values() for segment in run for point in segment]
     if not flat:
-        return f'<p class="empty">No values of {escape(y_label)}.</p>'
+        return f'<p class="empty">No values of {escape(label or y_label)}.</p>'
     x_low, x_high = _range([p[0] for p in flat] + ([] if mark_x is None else [mark_x]), padding=0.0)
     y_low, y_high = _range([p[1] for p in flat], padding=0.06)
 
@@ -266,7 +268,7 @@ def line_plot(
         up = (y - y_low) / (y_high - y_low)
         return left + across * (right - left), bottom - up * (bottom - top)
 
-    parts = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label)}">']
+    parts = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label or y_label)}">']
     parts.append(f'<g font-size="12" fill="#52606d">{legend}')
     for value in _log_ticks(y_low, y_high) if log_y else _ticks(y_low, y_high, 5):
         y = place(x_low, value)[1]
@@ -300,6 +302,51 @@ def line_plot(
                 parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{radius}" fill="{colour}">')
                 parts.append(f"<title>{escape(label)}</title></circle>")
     parts.append("</svg>")
+    return "".join(parts)
+
+
+def histogram(
+    counts: Sequence[int],
+    low: int | float,
+    high: int | float,
+    *,
+    x_label: str,
+    unit: str = "",
+    label: str = "",
+    size: tuple[int, int] = (300, 120),
+) -> str:
+    """Counts of equal bins as an ``<svg>`` element of bars.
+
+    Args:
+        counts: of each bin.
+        low: where the first bin begins.
+        high: where the last bin ends; equal to ``low`` if all values are.
+        x_label: below the axis.
+        unit: what is counted.
+        label: what a screen reader says; empty takes ``x_label``.
+        size: width and height of the drawing in its own units.
+    """
+    width, height = size
+    left, right, top, bottom = 4, width - 4, 16, height - 36
+    most = max([1, *counts])
+    bar = (right - left) / max(1, len(counts))
+    inset = 0.35 if low == high else 0.0  # one value is one narrow bar
+    parts = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label or x_label)}">']
+    for i, count in enumerate(counts):
+        tall = count / most * (bottom - top)
+        x, wide = left + (i + inset) * bar, max(1.0, (1 - 2 * inset) * bar - 1)
+        first, last = (low + (high - low) * j / len(counts) for j in (i, i + 1))
+        parts.append(
+            f'<rect x="{x:.1f}" y="{bottom - tall:.1f}" width="{wide:.1f}" height="{tall:.1f}" fill="{CURVES[0]}">'
+            f"<title>{count} {escape(unit)} from {_number(first)} to {_number(last)}</title></rect>"
+        )
+    parts.append(f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="#9aa5b1"/>')
+    ends = [((left + right) / 2, "middle", low)] if low == high else [(left, "start", low), (right, "end", high)]
+    parts.append('<g font-size="12" fill="#52606d">')
+    for x, anchor, value in ends:
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="{anchor}">{_number(value)}</text>')
+    parts.append(f'<text x="{left}" y="{top - 5}">{most} {escape(unit)}</text>')
+    parts.append(f'<text x="{right}" y="{height - 5}" text-anchor="end">{escape(x_label)}</text></g></svg>')
     return "".join(parts)
 
 
@@ -339,7 +386,7 @@ def _annotate(
     for k, colour in enumerate(colours(0 if position is None else len(position))):
         assert position is not None
         opacity = 1.0 if transparency is None else float(np.clip(transparency[k], 0, 1))
-        if opacity < threshold or not np.isfinite(position[k]).all():
+        if not opacity >= threshold or not np.isfinite(position[k]).all():  # NaN is not drawn either
             continue
         alpha = round(255 * opacity)
         y, x = centre(position[k])

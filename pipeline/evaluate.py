@@ -4,6 +4,9 @@ Clips stream through in the manifest's order. A clip is encoded and decoded whol
 ``context`` frames the next ``horizon`` are predicted. Metrics are computed per frame and averaged over every frame of
 every clip, those of the baselines on the same frames. A metric that cannot be had is ``null``, with its reason under
 ``reasons``.
+
+Which clips are the worst, the median and the best is known only after all of them: those few are then read and encoded
+again for the report.
 """
 
 import itertools
@@ -21,11 +24,12 @@ from objdyn.families import FAMILIES, Family
 from objdyn.metrics import position
 from objdyn.metrics.image import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
 from pipeline import store
-from pipeline.checkpoint import Loaded, load_model
+from pipeline.checkpoint import Loaded, code_revision, load_model
 from pipeline.cli import command
 from pipeline.config import EvaluateRun, torch_device
+from pipeline.facts import ClipFacts, stored_facts
 from pipeline.reader import Source, has_split, iter_clips, open_source
-from pipeline.report import Particles, ReportClip, read_history, write_report
+from pipeline.report import Particles, ReportClip, read_history, training_facts, versions, write_report
 
 SCHEMA = 1
 FRAME_METRICS = {"mse": frame_mse, "psnr": frame_psnr, "ssim": frame_ssim}
@@ -41,6 +45,9 @@ BACKGROUND_SHARDS, BACKGROUND_CLIPS, BACKGROUND_FRAMES = 8, 64, 16
 BACKGROUND_BYTES = 256 << 20
 BOOTSTRAP_DRAWS, BOOTSTRAP_SEED = 1000, 0
 REPORT_EVERY = 10.0
+SAME_DB = 0.01
+"""Clips that are encoded again for the report, among others than before, may differ by so much in their mean PSNR. On a
+CPU 0.00002 dB were seen, from sums in another order; a report with more than this says so."""
 
 Scores = dict[str, np.ndarray]
 """Name of a metric -> (clips, frames)."""
@@ -58,6 +65,34 @@ class Tracks(NamedTuple):
     true: np.ndarray
     """True positions, (n, t, m, 2)."""
     present: np.ndarray
+
+
+class Made(NamedTuple):
+    """What a model makes of a batch."""
+
+    latents: Any
+    recon: Tensor
+    predicted: Any
+    """Latents of the frames after the context, with ``scene``; None where nothing is predicted."""
+    scene: Tensor | None
+
+
+class Measured(NamedTuple):
+    """What one pass over the clips found."""
+
+    scores: Scores
+    tracks: Tracks | str
+    """A string says why there are none."""
+    facts: ClipFacts
+
+
+class Choice(NamedTuple):
+    """A clip to draw."""
+
+    clip: int
+    """Its number in the order of evaluation."""
+    rank: str
+    """``worst, 1st of 200`` for example; the best are counted from the best, all others from the worst."""
 
 
 def evaluate(run: EvaluateRun) -> dict[str, Any]:
@@ -79,8 +114,12 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         size = f"{source.height}x{source.width}"
         reasons["ssim"] = f"SSIM needs frames of at least {SSIM_WINDOW} pixels a side, these are {size}"
 
-    scores, tracks, drawn = _measure(run, source, loaded, family, horizon, background, "ssim" not in reasons)
-    lengths = {len(values) for values in scores.values()}
+    stored = stored_facts(data, source)
+    measured = _measure(run, source, loaded, family, horizon, background, "ssim" not in reasons)
+    scores, tracks, facts = measured
+    ranked_by = "predict_psnr" if horizon else "recon_psnr"
+    choices = choose_clips(scores[ranked_by].mean(axis=1), run.report_clips)
+    drawn, notes = _draw(run, source, loaded, family, horizon, choices, measured)
     metrics: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "metrics",
@@ -89,10 +128,18 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         "step": loaded.step,
         "dataset": source.id,
         "split": run.split,
-        "clips": lengths.pop(),
+        "clips": len(facts.keys),
         "context": run.context,
         "horizon": horizon,
         "command": command("jobs/evaluate.py", run),
+        "code": code_revision(),
+        "versions": versions(),
+        "device": str(device),
+        "training": training_facts(loaded.family, loaded.run, loaded.code, loaded.dataset_id),
+        "data": {"clips_in_split": sum(source.shard_sizes), **facts.summary(), **stored},
+        "keys": facts.keys,
+        "ranked_by": ranked_by,
+        "drawn": [{"clip": facts.keys[choice.clip], "rank": choice.rank} for choice in choices],
         "std": {},
         "interval95": {},
         "curves": {},
@@ -100,8 +147,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     summarise_frames(metrics, scores, reasons)
     summarise_positions(metrics, tracks, run, source, horizon, reasons)
     metrics["reasons"] = {name: reasons[name] for name in sorted(reasons) if name in metrics}
-    folder = _run_folder(checkpoint)
-    history, notes = read_history(folder)
+    history, problems = read_history(_run_folder(checkpoint))
     write_report(
         store.join(run_out, "report.html"),
         title=f"{loaded.family} on {run.data}",
@@ -109,7 +155,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         history=history,
         clips=drawn,
         settings=loaded.run,
-        notes=notes,
+        notes=[*notes, *problems],
     )
     store.publish_json(store.join(run_out, "metrics.json"), metrics)
     return metrics
@@ -182,6 +228,26 @@ def summarise_positions(
         reasons["med10_lost_share"] = reasons.get("med10", "no object is present in the first predicted frame")
 
 
+def choose_clips(scores: np.ndarray, count: int) -> list[Choice]:
+    """Choose the worst, the median and the best clips by their scores, ``count`` in all, each clip once.
+
+    What does not divide by three goes to the worst, then to the best. A score that is not finite is worse than any
+    other, and of equal ones the earlier clip counts as the worse.
+    """
+    total = len(scores)
+    count = min(count, total)
+    order = [int(i) for i in np.argsort(np.where(np.isfinite(scores), scores, -np.inf), kind="stable")]
+    if total == 1:
+        return [Choice(0, "the only clip")] * count
+    worst, median, best = (count + 2) // 3, count // 3, (count + 1) // 3
+    first = min(max((total - median) // 2, worst), total - best - median)
+    return [
+        *(Choice(order[i], f"worst, {_ordinal(i + 1)} of {total}") for i in range(worst)),
+        *(Choice(order[i], f"median, {_ordinal(i + 1)} of {total}") for i in range(first, first + median)),
+        *(Choice(order[-1 - i], f"best, {_ordinal(i + 1)} of {total}") for i in range(best)),
+    ]
+
+
 def median_frame(source: Source) -> np.ndarray:
     """The per-pixel median, float32 (h, w, c) in [0, 255], over frames spread evenly over a split.
 
@@ -213,41 +279,33 @@ def _measure(
     horizon: int,
     background: np.ndarray | None,
     ssim: bool,
-) -> tuple[Scores, Tracks | str, list[ReportClip]]:
+) -> Measured:
     device = next(loaded.model.parameters()).device
     loaded.model.eval()
     wanted = [name for name in FRAME_METRICS if ssim or name != "ssim"]
     flat = None if background is None else torch.from_numpy(background / 255).permute(2, 0, 1).to(device)
     parts: dict[str, list[np.ndarray]] = {}
     tracked: list[Tracks] = []
-    drawn: list[ReportClip] = []
+    facts = ClipFacts()
     total = min(sum(source.shard_sizes), run.limit or sys.maxsize)
     done, started, told = 0, time.monotonic(), time.monotonic()
-    stream = iter_clips(source, run.limit, truth=("positions", "present", *family.inputs))
+    stream = iter_clips(source, run.limit, truth=_truth(family))
     for clips in _batches(stream, run.batch_size):
-        video = to_model_input(collate(clips), device)
-        future = video[:, run.context : run.context + horizon]
-        inputs = stack_truth(clips, family.inputs, device)
-        with torch.no_grad():
-            latents = loaded.model.encode(video, **inputs)
-            recon = loaded.model.decode(latents).video
-            pairs = {"recon": (recon, video)}
-            if flat is not None:
-                pairs["constant_background_recon"] = (flat.expand_as(video), video)
-            predicted, scene = None, None
-            if horizon:
-                context = video[:, : run.context]
-                predicted = loaded.model.rollout(loaded.model.encode(context, **inputs), horizon)
-                scene = loaded.model.decode(predicted).video
-                pairs["predict"] = (scene, future)
-                pairs["copy_last_predict"] = (context[:, -1:].expand_as(future), future)
-            for name, pair in pairs.items():
-                for metric in wanted:
-                    values = FRAME_METRICS[metric](*pair).double().cpu().numpy()
-                    parts.setdefault(f"{name}_{metric}", []).append(values)
-            chosen = clips[: max(0, run.report_clips - len(drawn))]
-            drawn += _draw(loaded.model, chosen, latents, recon, predicted, scene, run.context)
-        tracked += _tracks_of(clips, latents, predicted)
+        video, made = _apply(loaded.model, clips, family, run.context, horizon, device)
+        for clip in clips:
+            facts.add(clip)  # before the first number is fetched from a GPU, which works meanwhile
+        pairs = {"recon": (made.recon, video)}
+        if flat is not None:
+            pairs["constant_background_recon"] = (flat.expand_as(video), video)
+        if made.scene is not None:
+            future = video[:, run.context : run.context + horizon]
+            pairs["predict"] = (made.scene, future)
+            pairs["copy_last_predict"] = (video[:, run.context - 1 : run.context].expand_as(future), future)
+        for name, pair in pairs.items():
+            for metric in wanted:
+                values = FRAME_METRICS[metric](*pair).double().cpu().numpy()
+                parts.setdefault(f"{name}_{metric}", []).append(values)
+        tracked += _tracks_of(clips, made.latents, made.predicted)
         done += len(clips)
         if time.monotonic() - told > REPORT_EVERY or done == total:
             told = time.monotonic()
@@ -259,11 +317,26 @@ def _measure(
         # The constant background is scored once over the whole clip; its predicted frames are a part of that.
         if horizon and (whole := scores.get(f"constant_background_recon_{metric}")) is not None:
             scores[f"constant_background_predict_{metric}"] = whole[:, run.context : run.context + horizon]
-    for i, clip in enumerate(drawn):
-        names = {"recon_psnr": "reconstruction PSNR", "predict_psnr": "prediction PSNR"}
-        own = {label: float(scores[name][i].mean()) for name, label in names.items() if name in scores}
-        drawn[i] = clip._replace(scores=own)
-    return scores, _join_tracks(tracked, family, loaded.family), drawn
+    return Measured(scores, _join_tracks(tracked, family, loaded.family), facts)
+
+
+def _apply(
+    model: Any, clips: Sequence[Clip], family: Family, context: int, horizon: int, device: torch.device
+) -> tuple[Tensor, Made]:
+    """Encode and decode clips whole, and predict from their first frames; also the video that the model was given."""
+    video = to_model_input(collate(clips), device)
+    inputs = stack_truth(clips, family.inputs, device)
+    with torch.no_grad():
+        latents = model.encode(video, **inputs)
+        recon = model.decode(latents).video
+        if not horizon:
+            return video, Made(latents, recon, None, None)
+        predicted = model.rollout(model.encode(video[:, :context], **inputs), horizon)
+        return video, Made(latents, recon, predicted, model.decode(predicted).video)
+
+
+def _truth(family: Family) -> tuple[str, ...]:
+    return ("positions", "present", *family.inputs)
 
 
 def _position_predictions(
@@ -383,9 +456,10 @@ def _tracks_of(clips: Sequence[Clip], latents: Any, predicted: Any) -> list[Trac
 
 def _positions(latents: Any) -> tuple[np.ndarray, np.ndarray]:
     where = latents.position.float().cpu().numpy()
+    known = np.isfinite(where).all(axis=-1).astype(np.float32)  # a particle that is nowhere is not visible
     if hasattr(latents, "transparency"):
-        return where, latents.transparency.float().cpu().numpy()
-    return where, np.ones(where.shape[:3], dtype=np.float32)
+        return where, np.where(known, latents.transparency.float().cpu().numpy(), 0)
+    return where, known
 
 
 def _join_tracks(rows: Sequence[Tracks], family: Family, name: str) -> Tracks | str:
@@ -414,31 +488,88 @@ def _pad_objects(array: np.ndarray, count: int) -> np.ndarray:
 
 
 def _draw(
-    model: Any, clips: Sequence[Clip], latents: Any, recon: Tensor, predicted: Any, scene: Tensor | None, context: int
-) -> list[ReportClip]:
-    """What the report shows of the first clips of a batch."""
-    drawn = []
-    for i, clip in enumerate(clips):
-        frame = min(context, len(clip.frames)) - 1
-        one = model.decode(type(latents)(*(field[i : i + 1, frame : frame + 1] for field in latents)), components=True)
-        drawn.append(
-            ReportClip(
-                key=clip.key,
-                frames=clip.frames,
-                reconstruction=to_frames(recon[i]),
-                fps=clip.fps / clip.stride,
-                context=context if scene is not None else 0,
-                prediction=None if scene is None else to_frames(scene[i]),
-                particles=_particles(latents, i),
-                predicted_particles=None if predicted is None else _particles(predicted, i),
-                positions=clip.truth.get("positions"),
-                present=clip.truth.get("present"),
-                masks=None if one.masks is None else one.masks[0, 0, :, 0].float().cpu().numpy(),
-                components=None if one.components is None else to_frames(one.components[0, 0]),
-                component_frame=frame,
+    run: EvaluateRun,
+    source: Source,
+    loaded: Loaded,
+    family: Family,
+    horizon: int,
+    choices: Sequence[Choice],
+    measured: Measured,
+) -> tuple[list[ReportClip], list[str]]:
+    """Read and encode the chosen clips again, a batch at a time; with notes where that gives other scores."""
+    device = next(loaded.model.parameters()).device
+    ranks = {choice.clip: choice.rank for choice in choices}
+    numbers = iter(sorted(ranks))
+    drawn: dict[int, ReportClip] = {}
+    notes = []
+    for clips in _batches(_clips_at(source, sorted(ranks), _truth(family)), run.batch_size):
+        video, made = _apply(loaded.model, clips, family, run.context, horizon, device)
+        pairs = {"recon_psnr": (made.recon, video)}
+        if made.scene is not None:
+            pairs["predict_psnr"] = (made.scene, video[:, run.context : run.context + horizon])
+        again = {name: frame_psnr(*pair).double().mean(dim=1).cpu().numpy() for name, pair in pairs.items()}
+        for i, clip in enumerate(clips):
+            number = next(numbers)
+            drawn[number] = _drawn(loaded.model, clip, made, i, run.context)._replace(
+                rank=ranks[number], scores=_scores_of(measured.scores, number)
             )
-        )
-    return drawn
+            for name, values in again.items():
+                before = measured.scores[name][number].mean()
+                if not (abs(values[i] - before) <= SAME_DB or np.isnan([values[i], before]).all()):
+                    notes.append(
+                        f"Clip {clip.key} was encoded again to be drawn, among other clips, and this time had {name} "
+                        f"{values[i]:.2f} dB instead of the {before:.2f} dB that were measured; so its pictures may "
+                        "differ from what was measured."
+                    )
+    return [drawn[choice.clip] for choice in choices], notes
+
+
+def _clips_at(source: Source, numbers: Sequence[int], truth: Sequence[str]) -> Iterator[Clip]:
+    """The clips of ascending numbers; each shard is opened once."""
+    ends = np.cumsum(source.shard_sizes)
+    for shard, group in itertools.groupby(numbers, key=lambda number: int(np.searchsorted(ends, number, "right"))):
+        opened, first = source.open_shard(shard), int(ends[shard]) - source.shard_sizes[shard]
+        for number in group:
+            yield opened.clip(number - first, truth=truth)
+
+
+def _scores_of(scores: Scores, number: int) -> dict[str, float]:
+    labels = {
+        "predict_psnr": "prediction",
+        "copy_last_predict_psnr": "copied last frame",
+        "constant_background_predict_psnr": "constant background",
+        "recon_psnr": "reconstruction",
+    }
+    return {label: float(scores[name][number].mean()) for name, label in labels.items() if name in scores}
+
+
+def _drawn(model: Any, clip: Clip, made: Made, i: int, context: int) -> ReportClip:
+    """What the report shows of clip ``i`` of a batch."""
+    frame = min(context, len(clip.frames)) - 1
+    latents = type(made.latents)(*(field[i : i + 1, frame : frame + 1] for field in made.latents))
+    with torch.no_grad():
+        one = model.decode(latents, components=True)
+    last = clip.start_frame + (len(clip.frames) - 1) * clip.stride
+    return ReportClip(
+        key=clip.key,
+        source=f"{clip.source}, frames {clip.start_frame} to {last}",
+        frames=clip.frames,
+        reconstruction=_pixels(made.recon[i]),
+        fps=clip.fps / clip.stride,
+        context=context if made.scene is not None else 0,
+        prediction=None if made.scene is None else _pixels(made.scene[i]),
+        particles=_particles(made.latents, i),
+        predicted_particles=None if made.predicted is None else _particles(made.predicted, i),
+        positions=clip.truth.get("positions"),
+        present=clip.truth.get("present"),
+        masks=None if one.masks is None else one.masks[0, 0, :, 0].float().cpu().numpy(),
+        components=None if one.components is None else _pixels(one.components[0, 0]),
+        component_frame=frame,
+    )
+
+
+def _pixels(video: Tensor) -> np.ndarray:
+    return to_frames(torch.nan_to_num(video))  # what is not a number is drawn black
 
 
 def _particles(latents: Any, i: int) -> Particles | None:
@@ -465,6 +596,11 @@ def _even(total: int, count: int) -> list[int]:
     """At most ``count`` indices below ``total``: the middles of as many equal parts."""
     count = min(total, count)
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
 
 
 def _finite(value: float) -> float | None:

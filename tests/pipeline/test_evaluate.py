@@ -14,9 +14,10 @@ from objdyn.simulators import SIMULATORS, Simulator
 from pipeline import cli, store
 from pipeline.checkpoint import config_to_json, save_checkpoint
 from pipeline.config import EvaluateRun, ShardRun
-from pipeline.evaluate import MED_STEPS, evaluate, median_frame
+from pipeline.evaluate import MED_STEPS, Made, choose_clips, evaluate, median_frame
 from pipeline.presets import PRESETS
 from pipeline.reader import open_source
+from pipeline.report import ReportClip
 
 FRAME_KEYS = [
     f"{name}_{metric}"
@@ -280,3 +281,148 @@ def test_median_frame_reads_a_bounded_sample(monkeypatch: pytest.MonkeyPatch):
 def test_split_without_clips_has_no_background(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="no clips to take a background from"):
         median_frame(open_source(register(monkeypatch, static, {"train": 0}), "train"))
+
+
+def ranks(scores: list[float], count: int) -> list[tuple[int, str]]:
+    return [(choice.clip, choice.rank) for choice in choose_clips(np.array(scores), count)]
+
+
+def test_worst_median_and_best_are_chosen_by_score():
+    assert ranks([30, 10, 50, 20, 40, 70, 60, 80, 90], 6) == [
+        (1, "worst, 1st of 9"),
+        (3, "worst, 2nd of 9"),
+        (4, "median, 4th of 9"),
+        (2, "median, 5th of 9"),
+        (8, "best, 1st of 9"),
+        (7, "best, 2nd of 9"),
+    ]
+
+
+@pytest.mark.parametrize("total", range(1, 12))
+@pytest.mark.parametrize("count", range(9))
+def test_each_clip_is_chosen_at_most_once_and_as_many_as_asked(total: int, count: int):
+    chosen = ranks([1.0] * total, count)
+    assert len({clip for clip, _ in chosen}) == len(chosen) == min(total, count)
+
+
+def test_shares_that_do_not_divide_go_to_the_worst_and_then_to_the_best():
+    groups = [[rank.partition(",")[0] for _, rank in ranks(list(range(20)), count)] for count in (1, 2, 4, 5)]
+    assert groups == [
+        ["worst"],
+        ["worst", "best"],
+        ["worst", "worst", "median", "best"],
+        ["worst", "worst", "median", "best", "best"],
+    ]
+
+
+def test_the_median_of_many_is_in_the_middle():
+    chosen = ranks([float(i) for i in range(200)], 6)
+    assert chosen[2:4] == [(99, "median, 100th of 200"), (100, "median, 101st of 200")]
+
+
+def test_scores_that_are_not_finite_are_worst_and_ties_go_by_order():
+    chosen = ranks([3.0, float("nan"), 3.0, 3.0, float("-inf"), 3.0, float("inf")], 7)
+    assert [clip for clip, _ in chosen] == [1, 4, 6, 0, 2, 5, 3]
+
+
+def test_a_single_clip_has_no_rank():
+    assert ranks([1.0], 6) == [(0, "the only clip")]
+
+
+def drawn_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What is handed to the report, without writing one."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("pipeline.evaluate.write_report", lambda path, **parts: given.update(parts))
+    return given
+
+
+def psnr(made: np.ndarray, true: np.ndarray) -> float:
+    errors = ((made / 255.0 - true / 255.0) ** 2).mean(axis=(1, 2, 3))
+    return float((-10 * np.log10(errors)).mean())
+
+
+def test_what_is_drawn_is_what_was_measured(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given = drawn_of(monkeypatch)
+    data = register(monkeypatch, static, {"test": 7})
+    metrics = run_on(checkpoint, data, tmp_path, report_clips=3, batch_size=2)
+    drawn: list[ReportClip] = given["clips"]
+    measured = metrics["per_clip"]["predict_psnr"]
+    by_score = sorted(range(7), key=lambda i: measured[i])
+    numbers = [metrics["keys"].index(clip.key) for clip in drawn]
+    assert numbers == [by_score[0], by_score[3], by_score[6]]
+    assert [clip.rank for clip in drawn] == ["worst, 1st of 7", "median, 4th of 7", "best, 1st of 7"]
+    assert metrics["drawn"] == [{"clip": clip.key, "rank": clip.rank} for clip in drawn]
+    assert metrics["ranked_by"] == "predict_psnr"
+    for number, clip in zip(numbers, drawn, strict=True):
+        np.testing.assert_array_equal(clip.frames, static("test", number)[0])
+        assert clip.source == f"sim:toy/test/{number}, frames 0 to 13"
+        assert clip.scores["prediction"] == measured[number]
+        # The picture has 8 bits per value, the measurement was made before rounding.
+        assert clip.prediction is not None
+        assert psnr(clip.prediction, clip.frames[4:]) == pytest.approx(measured[number], abs=0.02)
+        recon = metrics["per_clip"]["recon_psnr"][number]
+        assert psnr(clip.reconstruction, clip.frames) == pytest.approx(recon, abs=0.02)
+    assert given["notes"] == []
+
+
+def test_a_second_encoding_that_differs_is_said(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given = drawn_of(monkeypatch)
+    monkeypatch.setattr("pipeline.evaluate.SAME_DB", -1.0)
+    run_on(checkpoint, register(monkeypatch, static, {"test": 1}), tmp_path, report_clips=1)
+    assert len(given["notes"]) == 2
+    assert "may differ from what was measured" in given["notes"][0]
+
+
+def test_without_prediction_clips_are_ranked_by_reconstruction(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = drawn_of(monkeypatch)
+    metrics = run_on(checkpoint, register(monkeypatch, static, {"test": 3}), tmp_path, horizon=0, report_clips=1)
+    values = metrics["per_clip"]["recon_psnr"]
+    assert metrics["ranked_by"] == "recon_psnr"
+    assert metrics["keys"].index(given["clips"][0].key) == values.index(min(values))
+
+
+def test_a_clip_whose_output_is_not_finite_is_the_worst_and_the_rest_is_measured(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from pipeline import evaluate as module
+
+    apply = module._apply
+
+    def broken(model: Any, clips: Sequence[Clip], *rest: Any) -> Any:
+        video, made = apply(model, clips, *rest)
+        assert made.scene is not None
+        for i, clip in enumerate(clips):
+            if clip.key == "test-000002":
+                for field in (made.recon, made.scene, *made.latents, *made.predicted):
+                    field[i] = float("nan")
+        return video, Made(*made)
+
+    monkeypatch.setattr(module, "_apply", broken)
+    data = register(monkeypatch, gliding, {"train": 1, "test": 3})
+    metrics = run_on(checkpoint, data, tmp_path, report_clips=1)
+    assert metrics["drawn"][0] == {"clip": "test-000002", "rank": "worst, 1st of 3"}
+    assert metrics["predict_psnr"] is None
+    assert metrics["reasons"]["predict_psnr"] == "the frames hold values that are not finite"
+    assert [value is None for value in metrics["per_clip"]["predict_psnr"]] == [False, False, True]
+    assert metrics["copy_last_predict_psnr"] is not None
+    assert metrics["med10_lost_share"] >= 1 / 3
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("not finite</dd>") == 2
+
+
+def test_metrics_say_what_the_data_are_and_what_reproduces_them(balls: tuple[dict[str, Any], Path]):
+    metrics, out = balls
+    data = metrics["data"]
+    assert (data["clips"], data["clips_in_split"], data["frames"]) == (2, 200, 100)
+    assert "quarantine" not in data
+    assert len(data["per_clip"]["brightness"]) == 2
+    assert metrics["keys"] == ["test-000000", "test-000001"]
+    assert metrics["training"]["command"] == "python jobs/train_ddlp.py debug"
+    assert {"python", "torch", "objdyn"} <= metrics["versions"].keys()
+    assert metrics["code"].keys() == {"revision", "dirty"}
+    page = (out / "report.html").read_text()
+    assert "<h2>Data</h2>" in page
+    assert "<h2>Quarantine</h2>" not in page
+    assert "2 evaluated, of 200 in the split" in page
