@@ -1,0 +1,1235 @@
+"""Where the time goes: a family's training step and verbs part by part, and each stage beside the same work bare.
+
+Nothing is copied to be measured: the training step is that of ``loop.train``, watched through hooks; sharding and
+extraction call the functions of their stages. What is generated (videos, shards, checkpoints) lies in a temporary
+folder. Everything that runs a model runs in a process of its own, so that its peak memory is its own.
+
+A comparison is a number of pairs, the stage and the same work without Ray one right after the other, in alternating
+order, because the speed of a machine drifts; the ratio is taken inside a pair. Start-up (processes, imports, models) is
+left out of the rates and stated beside them.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from objdyn import clips, families
+from objdyn.clips import Clip
+from objdyn.simulators import SIMULATORS, Episode, Simulator
+from pipeline import checkpoint, cluster, extract, loop, quickstart, shard, store, tables
+from pipeline.config import BENCHMARK_PARTS, BenchmarkRun, ExtractRun, LoaderConfig, ShardRun, TrainRun, torch_device
+from pipeline.presets import PRESETS
+from pipeline.reader import TrainingReader, iter_clips, open_source
+
+SCHEMA = 1
+TARGETS = {"ray-train": 0.95, "extract": 0.90, "shard": 0.90, "reader": 2500.0, "integrity": 0.03}
+"""Least ratio to the same work bare; least clips per second; largest share of SHA-256 and fsync."""
+STEP_PARTS = ("data", "forward", "backward", "gradient clip", "optimiser", "other")
+
+SIMULATOR = "balls-interaction"
+FRAMES = 20
+"""Frames of a stored clip, or more where the preset's clips are longer."""
+HORIZON = 10
+"""Frames of a rollout."""
+READER_CLIPS, READER_BATCH, READER_SHARD = 1152, 32, 192
+VIDEO_SIDE, VIDEO_FRAMES, VIDEOS_DRAWN = 256, 100, 8
+"""Of the mp4 files to shard; a few are drawn and copied under many names."""
+SHARDS_PER_SLOT = 2
+EXTRACT_PARTS = 5
+"""Parts of an extraction; the first one has the start-up and is not counted."""
+ARM_SECONDS = 6.0
+"""What one side of a pair should take, so that five pairs stay within minutes."""
+
+Result = TypeVar("Result")
+Report = dict[str, Any]
+
+
+class Spread(NamedTuple):
+    """The middle of some measurements, and how far they go apart."""
+
+    median: float
+    least: float
+    most: float
+
+
+class Arm(NamedTuple):
+    """One side of a pair."""
+
+    amount: float
+    """Clips, videos or steps."""
+    seconds: float
+    """What they took, without the start-up."""
+    start_up: float = 0.0
+    slots: int = 1
+    """Processes that worked side by side."""
+
+    @property
+    def rate(self) -> float:
+        return self.amount / self.seconds
+
+
+def benchmark(run: BenchmarkRun) -> str:
+    """Measure the parts of a run, publish the numbers as JSON after each part, and return the table.
+
+    Raises:
+        ValueError: unknown family or preset, or a place to write to that cannot be.
+        ChildProcessError: a measuring process died.
+    """
+    preset = _preset(run)
+    out = store.resolve(run.out, "--out") if run.out else ""
+    if store.is_url(run.scratch):
+        raise ValueError(f"--scratch {run.scratch} must be a local folder; videos are written into it")
+    # Threads that wait by spinning take the cores from whoever they wait for, as soon as two processes share a machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    device = torch_device(run.device)
+    threads = run.threads or preset.threads or os.cpu_count() or 1
+    report: Report = {
+        "schema": SCHEMA,
+        "kind": "benchmark",
+        "family": run.family,
+        "preset": run.preset,
+        "pairs": run.pairs,
+        "code": checkpoint.code_revision(),
+        "machine": machine(device, threads),
+    }
+    with tempfile.TemporaryDirectory(prefix="objdyn-benchmark-", dir=run.scratch or None) as folder:
+        bench = _Bench(run, preset, device, threads, folder)
+        report["data"] = bench.describe_data()
+        for part in [part for part in BENCHMARK_PARTS if not run.parts or part in run.parts]:
+            begin = time.monotonic()
+            report[part] = bench.measure(part)
+            say(f"{part}: done in {time.monotonic() - begin:.0f} s")
+            report["machine"] |= {"load_after": _load(), "ray_start_seconds": bench.ray_start_seconds}
+            if out:
+                store.publish_json(out, report)
+    return render(report) + (f"\nnumbers: {out}" if out else "")
+
+
+class _Bench:
+    """The parts of one run, and what they share: a folder, a dataset, a checkpoint."""
+
+    def __init__(self, run: BenchmarkRun, preset: TrainRun, device: torch.device, threads: int, folder: str) -> None:
+        self.run, self.preset, self.device, self.threads, self.folder = run, preset, device, threads, folder
+        self.side = int(getattr(preset.model, "image_size", SIMULATORS[SIMULATOR].height))
+        self.frames = max(FRAMES, preset.clip_frames)
+        self.device_name: Literal["cpu", "cuda"] = cast(Literal["cpu", "cuda"], device.type)
+        self.middle = max(1, preset.steps // 2)
+        self.step_seconds: float | None = None
+        self.ray_start_seconds: float | None = None
+        self.niceness = 0
+        self._number = itertools.count()
+
+    def describe_data(self) -> str:
+        text = f"sim:{SIMULATOR}, {self.frames} frames of {self.side}x{self.side}, in shards on the local disk"
+        return text if self.preset.data == f"sim:{SIMULATOR}" else f"{text}, in place of the preset's own data"
+
+    def measure(self, part: str) -> Report:
+        return {
+            "train": self.train,
+            "rollout": self.rollout,
+            "reader": self.reader,
+            "shard": self.shard,
+            "extract": self.extract,
+            "ray-train": self.ray_train,
+        }[part]()
+
+    def train(self) -> Report:
+        run = self._from_the_middle()
+        say(f"train: {1 + self.run.steps} steps of {run.optim.batch_size} clips of {run.clip_frames} frames")
+        measured = in_child(measure_training, run, self.run.steps, self.preset.checkpoint_every)
+        self.step_seconds = measured["seconds"]["median"]
+        return {
+            "batch_size": run.optim.batch_size,
+            "micro_batch_size": run.micro_batch_size,
+            "frames": run.clip_frames,
+            "precision": run.precision,
+            "threads": self.threads,
+            "after_step": self.middle,
+            **measured,
+        }
+
+    def rollout(self) -> Report:
+        batches = sorted({1, self.preset.micro_batch_size})
+        say(f"rollout: encode, rollout and decode of {' and '.join(map(str, batches))} clips")
+        run = self._train_run()
+        rows = {
+            str(size): in_child(measure_verbs, run, size, run.clip_frames, HORIZON, self.run.pairs) for size in batches
+        }
+        return {"context": run.clip_frames, "horizon": HORIZON, "threads": self.threads, "batches": rows}
+
+    def reader(self) -> Report:
+        say(f"reader: {self.run.pairs} epochs of {READER_CLIPS} clips")
+        data = self._new("reader")
+        # Without truth, like videos: segmentations would be most of the bytes that are hashed.
+        write_dataset(data, READER_CLIPS, FRAMES, SIMULATORS[SIMULATOR].height, READER_SHARD, truth=False)
+        return in_child(measure_reader, data, READER_BATCH, self.run.pairs)
+
+    def shard(self) -> Report:
+        slots = self._connect("shard")
+        say("shard: writing videos")
+        source = self._new("videos")
+        sharding = ShardRun(source=source, out="", frames=FRAMES, size=self.side)
+        videos_per_shard = max(1, shard.clips_per_shard(sharding) // (VIDEO_FRAMES // FRAMES))
+        write_videos(source, videos_per_shard * SHARDS_PER_SLOT * slots)
+        processes = min(slots, os.cpu_count() or 1)  # of a cluster the pool has this machine alone
+        with new_processes(processes, self.niceness) as pool:
+            sides = {
+                "stage": lambda: shard_once(sharding, self._new("shards"), None, slots),
+                "bare": lambda: shard_once(sharding, self._new("shards"), over_processes(pool), processes),
+            }
+            first = {side: run() for side, run in sides.items()}
+            pairs = alternate("shard", self.run.pairs, sides["stage"], sides["bare"])
+        report = compare([(a["all"], b["all"]) for a, b in pairs], "clips/s", TARGETS["shard"])
+        report["start_up"] = {side: done["all"].start_up for side, done in first.items()}
+        for phase, unit in (("probe", "videos/s"), ("build", "clips/s")):
+            report[phase] = compare([(a[phase], b[phase]) for a, b in pairs], unit, None)
+        limited = dataclasses.replace(sharding, limit=videos_per_shard)
+        return report | {"integrity": measure_shard_integrity(limited, self._new("shards"))}
+
+    def extract(self) -> Report:
+        self._connect("extract")
+        model, batch = self._checkpoint(), ExtractRun.batch_size
+        say("extract: trial")
+        few = self._new("data")
+        write_dataset(few, 3 * batch, self.frames, self.side, batch)
+        trial = in_child(measure_extraction, model, few, self._new("tables"), batch, self.device_name)
+        wanted = ARM_SECONDS / (EXTRACT_PARTS - 1) * trial["clips"] / trial["seconds"]
+        usual = shard.clips_per_shard(ShardRun(source="", out="", frames=self.frames, size=self.side))
+        size = min(max(1, round(wanted / batch)) * batch, max(usual, batch))
+        data = self._new("data")
+        write_dataset(data, EXTRACT_PARTS * size, self.frames, self.side, size)
+        details: list[Report] = []
+
+        def bare() -> Arm:
+            begin = time.monotonic()
+            out = self._new("tables")
+            found = in_child(measure_extraction, model, data, out, batch, self.device_name, niceness=self.niceness)
+            details.append(found)
+            start_up = time.monotonic() - begin - found["seconds"] * EXTRACT_PARTS / (EXTRACT_PARTS - 1)
+            return Arm(found["clips"], found["seconds"], start_up)
+
+        def stage() -> Arm:
+            out = self._new("tables")
+            return extract_once(ExtractRun(model, data, out, "train", batch_size=batch, device=self.device_name))
+
+        pairs = alternate("extract", self.run.pairs, stage, bare)
+        encoders = [Arm(found["clips"], found["model_seconds"]) for found in details]
+        report = compare(
+            [(a, encoder) for (a, _), encoder in zip(pairs, encoders, strict=True)], "clips/s", TARGETS["extract"]
+        )
+        same_work = compare(pairs, "clips/s", None)
+        report["start_up"] = same_work["start_up"]
+        # Syncs are per part and hashing is per byte: stated for parts as large as those of a usual dataset.
+        larger = usual / size
+        middle = sorted(details, key=lambda found: found["seconds"])[len(details) // 2]
+        part = {name: value / (EXTRACT_PARTS - 1) for name, value in middle.items()}
+        integrity = _integrity(
+            part["sha256_seconds"] * larger,
+            part["sync_seconds"],
+            (part["seconds"] - part["sync_seconds"]) * larger + part["sync_seconds"],
+        )
+        integrity["clips_per_part"] = usual
+        return report | {
+            "threads": 1 if self.device.type == "cpu" else None,
+            "batch_size": batch,
+            "clips_per_part": size,
+            "writing": same_work,
+            "integrity": integrity,
+        }
+
+    def ray_train(self) -> Report:
+        from pipeline import train
+
+        self._connect("ray-train")
+        if self.step_seconds is None:
+            say("ray-train: trial")
+            trial = in_child(measure_training, self._from_the_middle(), 1, 1)
+            self.step_seconds = float(trial["seconds"]["median"])
+        interval = max(1, round(ARM_SECONDS / 2 / self.step_seconds))
+        intervals = 2 if interval > 1 else max(1, round(ARM_SECONDS / self.step_seconds))
+        steps = interval * (1 + intervals)
+
+        def side(function: Callable[[TrainRun], object]) -> Arm:
+            run = dataclasses.replace(self._from_the_middle(), steps=self.middle + steps, log_every=interval)
+            begin = time.monotonic()
+            with _silence():
+                function(run)
+            whole = time.monotonic() - begin
+            counted, seconds = counted_steps(run.out, self.middle)
+            return Arm(counted, seconds, whole - seconds * steps / counted)
+
+        say(f"ray-train: {steps} steps a time, of which {interval * intervals} are counted")
+        pairs = alternate(
+            "ray-train",
+            self.run.pairs,
+            lambda: side(train.train),
+            lambda: side(lambda run: in_child(train_bare, run, niceness=self.niceness)),
+        )
+        return compare(pairs, "steps/s", TARGETS["ray-train"]) | {"steps": steps, "counted_steps": interval * intervals}
+
+    def _train_run(self) -> TrainRun:
+        """The preset on generated data, with nothing but steps and the last checkpoint."""
+        data = os.path.join(self.folder, "train-data")
+        if not os.path.exists(data):
+            batch = self.preset.optim.batch_size
+            write_dataset(data, max(2 * batch, 32), self.frames, self.side, max(batch, 16))
+        return dataclasses.replace(
+            self.preset,
+            data=data,
+            out=self._new("run"),
+            steps=1,
+            threads=self.threads,
+            device=self.device_name,
+            workers=1,
+            eval_every=0,
+            checkpoint_every=1_000_000_000,
+        )
+
+    def _from_the_middle(self) -> TrainRun:
+        """A run to resume after half of the preset's steps: schedules change what a step computes."""
+        start = os.path.join(self.folder, "run-start")
+        if not os.path.exists(start):
+            say("one step, for a checkpoint to go on from")
+            in_child(train_to, dataclasses.replace(self._train_run(), out=start), self.middle)
+        run = dataclasses.replace(self._train_run(), resume=True)
+        shutil.copytree(start, run.out)
+        return run
+
+    def _checkpoint(self) -> str:
+        model = families.build(self.preset.model)
+        state = {"family": self.run.family, "model": checkpoint.config_to_json(self.preset.model)}
+        return checkpoint.save_checkpoint(
+            self._new("run"), 0, model=model, optimizer=torch.optim.Adam(model.parameters()), state=state, keep_last=1
+        )
+
+    def _connect(self, part: str) -> int:
+        """Connect to Ray; return its CPU slots."""
+        begin = time.monotonic()
+        say(f"{part}: connecting to Ray")
+        cluster.connect(max(2, os.cpu_count() or 1))  # Ray Train wants one beside its worker's
+        if self.ray_start_seconds is None:
+            self.ray_start_seconds = time.monotonic() - begin
+        import ray
+
+        # Ray lowers the priority of its workers, which on a busy machine is another speed: the bare side gets the same.
+        self.niceness = ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0)
+        return int(ray.cluster_resources()["CPU"])
+
+    def _new(self, name: str) -> str:
+        return os.path.join(self.folder, f"{name}-{next(self._number)}")
+
+
+# ---- one measurement each; those that take a model run in a child process --------------------------------------------
+
+
+def measure_training(run: TrainRun, steps: int, checkpoint_every: int) -> Report:
+    """Seconds, CPU seconds and memory of ``steps`` optimiser steps of ``loop.train``, after one that is not counted.
+
+    On a GPU the split needs the device to finish at every border between parts, which costs time; so as many steps
+    before them are measured whole, and give the step's own seconds.
+    """
+    device = torch_device(run.device)
+    before = peak_memory()
+    plain = steps if device.type == "cuda" else 0
+    memory = 0
+    saved: list[float] = []
+    with IntegrityClock() as integrity:
+        hashed = synced = begin = 0.0
+
+        def after_step() -> None:
+            nonlocal memory, hashed, synced, begin
+            memory, hashed, synced = peak_memory(), integrity.sha256_seconds, integrity.sync_seconds
+            begin = time.perf_counter()
+
+        def after_checkpoint(metrics: dict[str, Any]) -> None:
+            saved.append(time.perf_counter() - begin)
+
+        first = (checkpoint.last_step(run.out) or 0) if run.resume else 0
+        opened = loop.open_run(dataclasses.replace(run, steps=first + 1 + plain + steps))
+        with StepTimer(device, plain=plain, after_step=after_step) as timer:
+            loop.train(opened, loop.Worker(device=device, wrap=timer.attach, report=after_checkpoint))
+        hashed, synced = integrity.sha256_seconds - hashed, integrity.sync_seconds - synced
+    split = [step for step in timer.steps if step.parts]
+    whole = timer.steps[:plain] or split
+    seconds = spread([step.seconds for step in whole])
+    report = {
+        "device": device.type,
+        "steps": len(whole),
+        "seconds": seconds._asdict(),
+        "cpu_seconds": spread([step.cpu_seconds for step in whole])._asdict(),
+        "split": mean_parts(split),
+        "peak_memory_bytes": memory,
+        "peak_memory_before_bytes": before,
+        "checkpoint": {
+            "seconds": saved[-1],
+            "every": checkpoint_every,
+            **_integrity(hashed, synced, seconds.median * checkpoint_every + saved[-1]),
+        },
+    }
+    if device.type == "cuda":
+        report["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return report
+
+
+def measure_verbs(run: TrainRun, batch: int, context: int, horizon: int, times: int) -> Report:
+    """Clips and frames per second of encode, rollout and decode, for the verbs that the family has."""
+    device = torch_device(run.device)
+    if device.type == "cpu" and run.threads:
+        torch.set_num_threads(run.threads)
+    family = families.FAMILIES[families.family_of(run.model)]
+    torch.manual_seed(run.seed)
+    model = families.build(run.model).to(device).eval()
+    source = open_source(run.data, "train")
+    some = list(iter_clips(source, limit=batch, length=context, truth=family.inputs))
+    some = list(itertools.islice(itertools.cycle(some), batch))
+    video = clips.to_model_input(clips.collate(some), device)
+    inputs: dict[str, Any] = {**clips.stack_truth(some, family.inputs, device)}
+    rows: Report = {}
+    with torch.no_grad():
+        latents = model.encode(video, **inputs)
+        calls: dict[str, tuple[int, Callable[[], object]]] = {
+            "encode": (context, lambda: model.encode(video, **inputs)),
+            "rollout": (horizon, lambda: model.rollout(latents, horizon)),
+            "decode": (context, lambda: model.decode(latents)),
+        }
+        for verb, (frames, call) in calls.items():
+            if verb in family.verbs:
+                seconds = spread(repeat(call, times, device))
+                rows[verb] = {
+                    "frames": frames,
+                    "seconds": seconds._asdict(),
+                    "clips_per_second": batch / seconds.median,
+                    "frames_per_second": batch * frames / seconds.median,
+                }
+    rows["peak_memory_bytes"] = peak_memory()
+    if device.type == "cuda":
+        rows["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return rows
+
+
+def measure_reader(data: str, batch: int, epochs: int) -> Report:
+    """Clips per second of whole epochs on one core; each opens the dataset anew, so each verifies every shard."""
+    pinned = _use_one_core()
+    torch.set_num_threads(1)
+    rates: list[float] = []
+    shares: list[Report] = []
+    count = 0
+    for epoch in range(1 + epochs):
+        with IntegrityClock() as integrity:
+            begin = time.perf_counter()
+            source = open_source(data, "train")
+            reader = TrainingReader(
+                source,
+                clip_frames=source.num_frames,
+                batch_size=batch,
+                micro_batch_size=batch,
+                seed=epoch,
+                loader=LoaderConfig(),
+            )
+            count = reader.num_clips // batch
+            with contextlib.closing(reader.micro_batches()) as batches:
+                for _ in range(count):
+                    next(batches)
+            seconds = time.perf_counter() - begin
+        if epoch:  # the first one has the imports
+            rates.append(count * batch / seconds)
+            shares.append(_integrity(integrity.sha256_seconds, integrity.sync_seconds, seconds))
+    rate = spread(rates)
+    shares.sort(key=lambda share: share["share"])
+    return {
+        "unit": "clips/s",
+        "one_core": pinned,
+        "clips": count * batch,
+        "stage": rate._asdict(),
+        "target": TARGETS["reader"],
+        "met": rate.median >= TARGETS["reader"],
+        "integrity": shares[len(shares) // 2],
+    }
+
+
+def measure_shard_integrity(run: ShardRun, folder: str) -> Report:
+    """What SHA-256 and fsync take of probing and building shards, in this process alone."""
+    with IntegrityClock() as integrity:
+        done = shard_once(run, folder, in_this_process, 1)
+    return _integrity(integrity.sha256_seconds, integrity.sync_seconds, done["all"].seconds)
+
+
+def measure_extraction(path: str, data: str, out: str, batch: int, device: str) -> Report:
+    """The loop of an extraction worker without Ray: the same model, clips, batches and parts; the first is not counted.
+
+    ``model_seconds`` are those of the model alone: encoding, and decoding for the errors.
+    """
+    if device == "cpu":
+        torch.set_num_threads(1)  # as a worker of extract.py has
+    loaded = checkpoint.load_model(path, device=device)
+    family = families.FAMILIES[loaded.family]
+    source = open_source(data, "train")
+    provenance = tables.Provenance(loaded.family, loaded.model_id, source.id, "train", family.tracked)
+    job = extract.Job(path, data, out, None, batch, device, provenance)
+    model_seconds = seconds = hashed = synced = 0.0
+    counted = 0
+    original = extract.clip_blocks
+
+    def clip_blocks(*arguments: Any, **named: Any) -> Any:
+        nonlocal model_seconds
+        begin = time.perf_counter()
+        blocks = original(*arguments, **named)  # they lie in main memory: a GPU has finished
+        model_seconds += time.perf_counter() - begin
+        return blocks
+
+    with replaced(extract, "clip_blocks", clip_blocks):
+        for number, (name, size) in enumerate(zip(source.shard_names, source.shard_sizes, strict=True)):
+            if number == 1:
+                model_seconds = 0.0
+            with IntegrityClock() as integrity:
+                begin = time.perf_counter()
+                extract.extract_part(loaded.model, family, source, job, extract.Part(name, number, size))
+                took = time.perf_counter() - begin
+            if number:
+                counted, seconds = counted + size, seconds + took
+                hashed, synced = hashed + integrity.sha256_seconds, synced + integrity.sync_seconds
+    return {"clips": counted, "seconds": seconds, "model_seconds": model_seconds, "sha256_seconds": hashed,
+            "sync_seconds": synced}  # fmt: skip
+
+
+def extract_once(run: ExtractRun) -> Arm:
+    """Run an extraction through Ray Data; from the first part's record on it is counted, before that is start-up."""
+    begin = time.time()
+    with _silence():
+        extract.extract(run)
+    whole = time.time() - begin
+    records = os.path.join(run.out, "parts")
+    done = sorted(os.stat(entry.path).st_mtime for entry in os.scandir(records))
+    sizes = open_source(run.data, run.split).shard_sizes
+    seconds = done[-1] - done[0]
+    return Arm(sum(sizes[1:]), seconds, whole - seconds * sum(sizes) / sum(sizes[1:]))
+
+
+class Task(NamedTuple):
+    """What one process was at, from when to when, and what came of it."""
+
+    worker: str
+    begin: float
+    end: float
+    amount: float
+
+
+def shard_once(run: ShardRun, folder: str, run_all: Callable[..., list[str]] | None, slots: int) -> dict[str, Arm]:
+    """Probe and build a dataset with the functions of ``shard.py``; ``run_all`` takes the place of Ray Data."""
+    root, found = shard.find_videos(run, run.source)
+    schedule = run_all or shard._run_all
+    clocked: list[list[dict[str, Any]]] = []
+    begins: list[float] = []
+
+    def run_clocked(task: Callable[[str], str], items: Sequence[str], *rest: Any) -> list[str]:
+        begins.append(time.time())
+        clocked.append([json.loads(answer) for answer in schedule(functools.partial(clock, task), items, *rest)])
+        return [answer["result"] for answer in clocked[-1]]
+
+    with _silence(), replaced(shard, "_run_all", run_clocked):
+        surveyed = shard.survey(run, root, found)
+        plans, _ = shard.plan_shards(run, surveyed.videos)
+        built = shard.build_shards(run, surveyed.root, folder, plans, None)
+    shutil.rmtree(folder)
+    amounts = [[1.0] * len(surveyed.videos), [float(len(each.rows)) for each in built]]
+    probe, build = (
+        steady([Task(each["worker"], each["begin"], each["end"], amount) for each, amount in zip(*both, strict=True)],
+               begin, slots)
+        for both, begin in zip(zip(clocked, amounts, strict=True), begins, strict=True)
+    )  # fmt: skip
+    clips = sum(amounts[1])
+    seconds = len(surveyed.videos) / probe.rate + clips / build.rate
+    return {"probe": probe, "build": build, "all": Arm(clips, seconds, probe.start_up + build.start_up, slots)}
+
+
+def clock(task: Callable[[str], str], item: str) -> str:
+    """Do a task of ``shard.py``, and tell where and when."""
+    begin = time.time()
+    result = task(item)
+    worker = f"{platform.node()}/{os.getpid()}"
+    return json.dumps({"worker": worker, "begin": begin, "end": time.time(), "result": result})
+
+
+def steady(tasks: Sequence[Task], begin: float, slots: int) -> Arm:
+    """What was done while every worker was at work: from when the last of them began to when the first one ended.
+
+    Of a task that reaches beyond that time the part inside counts. Before it is the start-up.
+    """
+    workers = {task.worker: [each for each in tasks if each.worker == task.worker] for task in tasks}
+    first = max(min(task.begin for task in own) for own in workers.values())
+    last = min(max(task.end for task in own) for own in workers.values())
+    if last <= first:
+        raise ValueError("too few tasks to keep every worker busy for a while; nothing can be said of their rate")
+    inside = sum(
+        task.amount * max(0.0, min(task.end, last) - max(task.begin, first)) / (task.end - task.begin) for task in tasks
+    )
+    return Arm(inside, last - first, first - begin, slots)
+
+
+def train_bare(run: TrainRun) -> None:
+    """Train in this process, as a worker of Ray Train does."""
+    loop.train(loop.open_run(run))
+
+
+def train_to(run: TrainRun, step: int) -> None:
+    """Train one step and save it as if it were another one."""
+    save = checkpoint.save_checkpoint
+    with replaced(checkpoint, "save_checkpoint", lambda out, _, **named: save(out, step, **named)):
+        train_bare(run)
+
+
+def counted_steps(out: str, after: int = 0) -> tuple[int, float]:
+    """Steps and seconds that a run's metrics tell after a step, without the first line's, which has the warm-up."""
+    lines = [line for line in loop.read_metrics(out) if line["kind"] == "train" and line["step"] > after]
+    steps = [after["step"] - before["step"] for before, after in itertools.pairwise(lines)]
+    return sum(steps), sum(n / line["steps_per_second"] for n, line in zip(steps, lines[1:], strict=True))
+
+
+# ---- measuring tools -------------------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """What a part took."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of all threads of the process."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step; ``parts`` is empty where it was not split."""
+
+    seconds: float
+    cpu_seconds: float
+    parts: dict[str, Cost]
+
+
+class StepTimer:
+    """Splits the steps of ``loop.train`` into parts, from outside.
+
+        with StepTimer(device) as timer:
+            loop.train(run, Worker(wrap=timer.attach))
+        timer.steps
+
+    A step reaches from the end of one ``optimizer.step()`` to the end of the next. At every moment one part, the top of
+    a stack, gets the time, so that the parts sum to the step: ``data`` is the wait for the reader, ``forward/NAME``
+    the model's child of that name without children that it calls in turn, ``gradient clip`` all between the last
+    ``backward()`` and the optimiser (norm, clipping, the check that it is finite), ``other`` the rest of the loop.
+    """
+
+    def __init__(
+        self, device: torch.device, *, warm_up: int = 1, plain: int = 0, after_step: Callable[[], None] = lambda: None
+    ) -> None:
+        self.steps: list[Step] = []
+        self._device = device
+        self._plain = plain
+        self._uncounted = warm_up
+        self._after_step = after_step
+        self._undo = contextlib.ExitStack()
+        self._stack = ["other"]
+        self._costs: dict[str, Cost] = {}
+        self._last = self._step_begin = Cost(0.0, 0.0)
+        self._splitting = plain == 0
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Watch a model's forward pass and, inside it, that of its children."""
+        self._watch(model, "forward", lambda: True)
+        for name, child in _children(model):
+            # The backward pass may run a forward again to save memory; that is not the forward's time.
+            self._watch(child, f"forward/{name}", lambda: self._stack[1:2] == ["forward"])
+        return model
+
+    def __enter__(self) -> "StepTimer":
+        from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+        timer, micro_batches, backward = self, TrainingReader.micro_batches, torch.Tensor.backward
+
+        def timed_micro_batches(reader: TrainingReader, position: int = 0) -> Generator[Any, None, None]:
+            with contextlib.closing(micro_batches(reader, position)) as batches:
+                while True:
+                    timer._enter("data", base="other")
+                    batch = next(batches)
+                    timer._leave()
+                    yield batch
+
+        def timed_backward(tensor: torch.Tensor, *arguments: Any, **named: Any) -> None:
+            timer._enter("backward")
+            backward(tensor, *arguments, **named)
+            timer._leave(base="gradient clip")
+
+        self._undo.enter_context(replaced(TrainingReader, "micro_batches", timed_micro_batches))
+        self._undo.enter_context(replaced(torch.Tensor, "backward", timed_backward))
+        self._undo.callback(register_optimizer_step_pre_hook(lambda *_: self._enter("optimiser")).remove)
+        self._undo.callback(register_optimizer_step_post_hook(lambda *_: self._end_of_step()).remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def _watch(self, module: nn.Module, name: str, wanted: Callable[[], bool]) -> None:
+        entered: list[bool] = []  # a stack: a module may call itself
+
+        def enter(*_: object) -> None:
+            entered.append(wanted())
+            if entered[-1]:
+                self._enter(name)
+
+        def leave(*_: object) -> None:
+            if entered.pop():
+                self._leave()
+
+        self._undo.callback(module.register_forward_pre_hook(enter).remove)
+        self._undo.callback(module.register_forward_hook(leave).remove)
+
+    def _enter(self, name: str, base: str | None = None) -> None:
+        self._charge()
+        self._stack[0] = base or self._stack[0]
+        self._stack.append(name)
+
+    def _leave(self, base: str | None = None) -> None:
+        self._charge()
+        self._stack.pop()
+        self._stack[0] = base or self._stack[0]
+
+    def _charge(self) -> None:
+        """Give the time since the last border to the part on top."""
+        if self._splitting:
+            now = self._now()
+            before = self._costs.get(self._stack[-1], Cost(0.0, 0.0))
+            self._costs[self._stack[-1]] = Cost(
+                before.seconds + now.seconds - self._last.seconds,
+                before.cpu_seconds + now.cpu_seconds - self._last.cpu_seconds,
+            )
+            self._last = now
+
+    def _end_of_step(self) -> None:
+        self._leave(base="other")
+        now = self._last if self._splitting else self._now()
+        if self._uncounted:
+            self._uncounted -= 1
+        else:
+            begin = self._step_begin
+            self.steps.append(Step(now.seconds - begin.seconds, now.cpu_seconds - begin.cpu_seconds, dict(self._costs)))
+        self._costs.clear()
+        self._splitting = len(self.steps) >= self._plain
+        self._after_step()
+        self._last = self._step_begin = self._now()
+
+    def _now(self) -> Cost:
+        _synchronize(self._device)
+        return Cost(time.perf_counter(), time.process_time())
+
+
+def mean_parts(steps: Sequence[Step]) -> Report:
+    """The mean step and its parts: they sum to it. ``forward`` is the sum of its own parts, given beside."""
+    names = sorted({name for step in steps for name in step.parts})
+
+    def mean(select: Callable[[Step], float]) -> float:
+        return statistics.fmean(map(select, steps))
+
+    nothing = Cost(0.0, 0.0)
+    costs = {
+        name: Cost(
+            mean(lambda step, name=name: step.parts.get(name, nothing).seconds),
+            mean(lambda step, name=name: step.parts.get(name, nothing).cpu_seconds),
+        )
+        for name in names
+    }
+    inside = {name.removeprefix("forward/"): cost for name, cost in costs.items() if name.startswith("forward/")}
+    if "forward" in costs:
+        inside["other"] = costs["forward"]
+        costs["forward"] = Cost(*(sum(column) for column in zip(*inside.values(), strict=True)))
+    return {
+        "seconds": mean(lambda step: step.seconds),
+        "cpu_seconds": mean(lambda step: step.cpu_seconds),
+        "parts": {name: costs.get(name, nothing)._asdict() for name in STEP_PARTS},
+        "forward": {
+            name: cost._asdict() for name, cost in sorted(inside.items(), key=lambda item: (item[0] == "other", item))
+        },
+    }
+
+
+class IntegrityClock:
+    """Adds up what SHA-256 and fsync take in this process while it is open.
+
+    Hashing counts the CPU seconds of its thread, since it may run beside others; a sync the time that it waits.
+    """
+
+    def __init__(self) -> None:
+        self.sha256_seconds = self.sync_seconds = 0.0
+        self._undo = contextlib.ExitStack()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "IntegrityClock":
+        sha256, fsync = hashlib.sha256, os.fsync
+
+        def timed_sha256(data: Any = b"", **named: Any) -> _TimedHash:
+            return _TimedHash(sha256(**named), self).extended(data)
+
+        def timed_fsync(descriptor: Any) -> None:
+            begin = time.perf_counter()
+            fsync(descriptor)
+            with self._lock:
+                self.sync_seconds += time.perf_counter() - begin
+
+        self._undo.enter_context(replaced(hashlib, "sha256", timed_sha256))
+        self._undo.enter_context(replaced(os, "fsync", timed_fsync))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def add_hashing(self, seconds: float) -> None:
+        with self._lock:
+            self.sha256_seconds += seconds
+
+
+class _TimedHash:
+    """A SHA-256 that tells a clock what it takes."""
+
+    def __init__(self, digest: Any, clock: IntegrityClock) -> None:
+        self._digest, self._clock = digest, clock
+
+    def extended(self, data: Any) -> "_TimedHash":
+        self.update(data)
+        return self
+
+    def update(self, data: Any) -> None:
+        begin = time.thread_time()
+        self._digest.update(data)
+        self._clock.add_hashing(time.thread_time() - begin)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._digest, name)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def repeat(call: Callable[[], object], times: int, device: torch.device, seconds: float = 20.0) -> list[float]:
+    """Time a call, ``times`` times after one that is not counted; from the third on it ends after ``seconds``."""
+    measured: list[float] = []
+    for number in range(1 + times):
+        _synchronize(device)
+        begin = time.perf_counter()
+        call()
+        _synchronize(device)
+        if number:
+            measured.append(time.perf_counter() - begin)
+        if len(measured) >= 3 and sum(measured) > seconds:
+            break
+    return measured
+
+
+def alternate(
+    label: str, pairs: int, stage: Callable[[], Result], bare: Callable[[], Result]
+) -> list[tuple[Result, Result]]:
+    """Run both sides one right after the other, ``pairs`` times, and swap the order each time."""
+    results: list[tuple[Result, Result]] = []
+    for number in range(pairs):
+        say(f"{label}: pair {number + 1} of {pairs}")
+        if number % 2 == 0:
+            b, a = bare(), stage()
+        else:
+            a, b = stage(), bare()
+        results.append((a, b))
+    return results
+
+
+def compare(pairs: Sequence[tuple[Arm, Arm]], unit: str, target: float | None) -> Report:
+    """The rates of a stage and of the same work bare, and their ratio, per process, inside each pair."""
+    ratio = spread([(a.rate / a.slots) / (b.rate / b.slots) for a, b in pairs])
+    return {
+        "unit": unit,
+        "stage": spread([a.rate for a, _ in pairs])._asdict(),
+        "bare": spread([b.rate for _, b in pairs])._asdict(),
+        "ratio": ratio._asdict(),
+        "target": target,
+        "met": None if target is None else ratio.median >= target,
+        "slots": {"stage": pairs[0][0].slots, "bare": pairs[0][1].slots},
+        "start_up": {
+            "stage": statistics.median(a.start_up for a, _ in pairs),
+            "bare": statistics.median(b.start_up for _, b in pairs),
+        },
+        "pairs": [{"stage": a._asdict(), "bare": b._asdict()} for a, b in pairs],
+    }
+
+
+def new_processes(number: int, niceness: int = 0) -> ProcessPoolExecutor:
+    """A pool of fresh processes, of lower priority by ``niceness``."""
+    return ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(niceness,))
+
+
+def in_child(function: Callable[..., Result], *arguments: Any, niceness: int = 0) -> Result:
+    """Call a function in a new process that does nothing else.
+
+    Raises:
+        ChildProcessError: the process died.
+    """
+    with new_processes(1, niceness) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                f"the process that ran {function.__name__} died (out of memory?); measure a smaller preset, or leave "
+                "that part out with --parts"
+            ) from error
+
+
+def peak_memory() -> int:
+    """Most memory that this process has held so far, in bytes."""
+    try:
+        with open("/proc/self/status") as file:
+            # Unlike getrusage, which hands a new process the peak of the one that started it.
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak << 10
+
+
+def machine(device: torch.device, threads: int) -> Report:
+    """What a number was measured on; no name and no path of the machine."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": threads,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ray": importlib.metadata.version("ray"),
+        "load_before": _load(),
+    }
+
+
+# ---- what is measured on ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Redrawn:
+    """An episode at another size, pixels repeated, with or without its truth."""
+
+    episode: Episode
+    side: int
+    truth: bool
+
+    @property
+    def key(self) -> str:
+        return self.episode.key
+
+    @property
+    def num_frames(self) -> int:
+        return self.episode.num_frames
+
+    def clip(self, start: int = 0, length: int | None = None) -> Clip:
+        clip = self.episode.clip(start, length)
+        h, w = clip.frames.shape[1:3]
+        rows, columns = np.arange(self.side) * h // self.side, np.arange(self.side) * w // self.side
+        truth = {
+            name: array[:, rows][:, :, columns] if name == "segmentation" else array
+            for name, array in clip.truth.items()
+            if self.truth
+        }
+        return dataclasses.replace(clip, frames=clip.frames[:, rows][:, :, columns], truth=truth)
+
+
+def redrawn(side: int, truth: bool = True) -> Simulator:
+    """The simulator of bouncing balls with frames of another size."""
+    simulator = SIMULATORS[SIMULATOR]
+
+    def episodes(split: str, first: int, count: int, seed: int | None) -> list[Episode]:
+        return [_Redrawn(episode, side, truth) for episode in simulator.episodes(split, first, count, seed)]
+
+    return simulator._replace(name=f"{SIMULATOR}-{side}", height=side, width=side, episodes=episodes)
+
+
+def write_dataset(folder: str, count: int, frames: int, side: int, clips_per_shard: int, *, truth: bool = True) -> None:
+    """Write a split ``train`` of simulated clips, one of each episode, in this process and without Ray."""
+    simulator = redrawn(side, truth)
+    run = ShardRun(
+        source=f"sim:{simulator.name}",
+        out=folder,
+        frames=frames,
+        hop=simulator.num_frames,
+        size=side,
+        limit=count,
+        clips_per_shard=clips_per_shard,
+    )
+    SIMULATORS[simulator.name] = simulator
+    try:
+        with (
+            _silence(),
+            replaced(shard, "_run_all", in_this_process),
+            replaced(cluster, "connect", lambda *_: None),
+            replaced(cluster, "require_shared", lambda *_: None),
+        ):
+            shard.shard(run)
+    finally:
+        del SIMULATORS[simulator.name]
+
+
+def write_videos(folder: str, count: int) -> None:
+    """Write mp4 files, of which only a few differ."""
+    os.makedirs(folder)
+    drawn = []
+    for number, episode in enumerate(redrawn(VIDEO_SIDE).episodes("train", 0, VIDEOS_DRAWN, None)):
+        clip = episode.clip(0, VIDEO_FRAMES)
+        drawn.append(os.path.join(folder, f"video-{number:06d}.mp4"))
+        quickstart.write_mp4(drawn[-1], clip.frames, clip.fps)
+    for number in range(VIDEOS_DRAWN, count):
+        shutil.copyfile(drawn[number % VIDEOS_DRAWN], os.path.join(folder, f"video-{number:06d}.mp4"))
+
+
+def in_this_process(task: Callable[[str], str], items: Sequence[str], *_: object) -> list[str]:
+    """Take the place of Ray Data in ``shard.py``: one task after the other."""
+    return [task(item) for item in items]
+
+
+def over_processes(pool: Executor) -> Callable[..., list[str]]:
+    """Take the place of Ray Data in ``shard.py``: a plain pool of processes."""
+    return lambda task, items, *_: list(pool.map(task, items))
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Put something else in the place of an attribute for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Swallow the progress of a stage that runs many times; what goes wrong is raised."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def say(text: str) -> None:
+    """Tell how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _preset(run: BenchmarkRun) -> TrainRun:
+    if run.family not in families.FAMILIES:
+        raise ValueError(f"unknown family {run.family!r}; choose from {', '.join(families.FAMILIES)}")
+    presets = PRESETS[run.family]
+    if run.preset not in presets:
+        raise ValueError(f"{run.family} has no preset {run.preset!r}; choose from {', '.join(presets)}")
+    return presets[run.preset]
+
+
+def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Direct children that have a forward pass: a list of modules has none, its members do."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from ((f"{name}.{inner}", module) for inner, module in _children(child))
+        else:
+            yield name, child
+
+
+def _integrity(sha256: float, sync: float, whole: float) -> Report:
+    share = (sha256 + sync) / whole
+    return {"sha256_seconds": sha256, "sync_seconds": sync, "of_seconds": whole, "share": share,
+            "target": TARGETS["integrity"], "met": share < TARGETS["integrity"]}  # fmt: skip
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _use_one_core() -> bool:
+    """Keep this process to one core, where the system can."""
+    if not hasattr(os, "sched_setaffinity"):
+        return False
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    return True
+
+
+def _load() -> float | None:
+    """Runnable processes in the last minute, where the system counts them."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except OSError:
+        return None
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def render(report: Report) -> str:
+    """Show the JSON of a benchmark as text."""
+    on = report["machine"]
+    gpu = "" if on["device"] == "cpu" else f"{on['device']}; "
+    lines = [
+        f"{report['family']} {report['preset']}",
+        f"machine   {gpu}{on['processor']}, {on['cores']} cores, {_bytes(on['memory_bytes'])}; {on['threads']} threads "
+        f"(OMP_WAIT_POLICY {on['omp_wait_policy']}); torch {on['torch']}, Ray {on['ray']}, Python {on['python']}",
+    ]
+    if on["load_before"] is not None:
+        busy = on["load_before"] > on["cores"] / 2
+        lines.append(f"load      {on['load_before']} before, {on.get('load_after', on['load_before'])} after")
+        lines[-1] += "; other work is running, so times are too long" if busy else ""
+    lines += [f"data      {report['data']}"]
+    if "train" in report:
+        lines += ["", *_train_table(report["train"])]
+    if "rollout" in report:
+        lines += ["", *_rollout_table(report["rollout"])]
+    stages = [part for part in ("reader", "shard", "extract", "ray-train") if part in report]
+    if stages:
+        lines += ["", *_stage_table({part: report[part] for part in stages}, on.get("ray_start_seconds"))]
+    if integrity := {part: report[part]["integrity"] for part in stages if "integrity" in report[part]} | (
+        {"train": report["train"]["checkpoint"]} if "train" in report else {}
+    ):
+        lines += ["", *_integrity_table(integrity)]
+    return "\n".join(lines)
+
+
+def _train_table(train: Report) -> list[str]:
+    split = train["split"]
+    whole = split["seconds"]
+
+    def row(name: str, cost: Report) -> list[str]:
+        share = f"{100 * cost['seconds'] / whole:.1f} %"
+        return [name, f"{cost['seconds']:.4f}", share, f"{cost['cpu_seconds']:.4f}"]
+
+    rows = [["", "seconds", "share", "CPU seconds"]]
+    for name, cost in split["parts"].items():
+        rows.append(row(name, cost))
+        if name == "forward":
+            rows += [row(f"  {inner}", each) for inner, each in split["forward"].items()]
+    rows.append(row("mean step", split))
+    seconds, cpu = train["seconds"], train["cpu_seconds"]
+    micro = "" if train["micro_batch_size"] == train["batch_size"] else f" ({train['micro_batch_size']} at a time)"
+    memory = f"{_bytes(train['peak_memory_bytes'])}, of which {_bytes(train['peak_memory_before_bytes'])} before it"
+    if "peak_gpu_memory_bytes" in train:
+        memory += f"; on the GPU {_bytes(train['peak_gpu_memory_bytes'])}"
+    return [
+        f"train: one optimiser step of {train['batch_size']} clips{micro} x {train['frames']} frames, "
+        f"{train['precision']}, {train['device']}, after step {train['after_step']} of the preset",
+        f"  step         {_spread(seconds, '.4g')} s, {1 / seconds['median']:.3g} steps/s; CPU {cpu['median']:.4g} s; "
+        f"median of {train['steps']} (least - most)",
+        f"  peak memory  {memory}",
+        *_align(rows),
+    ]
+
+
+def _rollout_table(rollout: Report) -> list[str]:
+    rows = [["", "batch", "frames", "clips/s", "frames/s", "seconds (least - most)"]]
+    memory = []
+    for batch, measured in rollout["batches"].items():
+        for verb in ("encode", "rollout", "decode"):
+            if verb in measured:
+                m = measured[verb]
+                numbers = [f"{m['clips_per_second']:.4g}", f"{m['frames_per_second']:.4g}"]
+                rows.append([verb, batch, str(m["frames"]), *numbers, _spread(m["seconds"], ".3g")])
+        memory.append(f"{_bytes(measured.get('peak_gpu_memory_bytes', measured['peak_memory_bytes']))} at {batch}")
+    return ["rollout: the verbs without gradients", f"  peak memory  {', '.join(memory)} clips", *_align(rows)]
+
+
+def _stage_table(stages: dict[str, Report], ray_start_seconds: float | None) -> list[str]:
+    rows = [["", "unit", "rate (least - most)", "beside", "rate (least - most)", "ratio (least - most)", "target", ""]]
+    starts = []
+    besides = {
+        "shard": "process pool",
+        "extract": "bare encoder",
+        "ray-train": "bare loop",
+        "probe": "process pool",
+        "build": "process pool",
+        "writing": "the same loop, writing",
+    }
+
+    def row(name: str, stage: Report, indent: str = "") -> list[str]:
+        verdict = {True: "met", False: "missed", None: ""}[stage.get("met")]
+        beside, ratio, target = ["", ""], "", ""
+        if "ratio" in stage:
+            beside, ratio = [besides[name], _spread(stage["bare"], ".4g")], _spread(stage["ratio"], ".3f")
+        if stage.get("target") is not None:
+            target = f">= {stage['target']:.2f}" if "ratio" in stage else f">= {stage['target']:.0f}"
+        return [indent + name, stage["unit"], _spread(stage["stage"], ".4g"), *beside, ratio, target, verdict]
+
+    for name, stage in stages.items():
+        rows.append(row(name, stage))
+        rows += [row(inner, stage[inner], "  ") for inner in ("probe", "build", "writing") if inner in stage]
+        if "start_up" in stage:
+            start = stage["start_up"]
+            starts.append(f"{name} {start['stage']:.1f} s ({besides[name]} {start['bare']:.1f} s)")
+    table = ["stages: through the pipeline, and beside it the same work without Ray", *_align(rows)]
+    if ray_start_seconds is not None:
+        starts.insert(0, f"Ray itself {ray_start_seconds:.1f} s")
+    return table + ([f"  start-up, not counted above: {'; '.join(starts)}"] if starts else [])
+
+
+def _integrity_table(parts: dict[str, Report]) -> list[str]:
+    rows = [["", "share", "SHA-256", "syncs", "of", "target", ""]]
+    for name, part in parts.items():
+        of = f"{part['of_seconds']:.3g} s"
+        label = f"{name} (checkpoint every {part['every']} steps)" if "every" in part else name
+        label += f" (parts of {part['clips_per_part']} clips)" if "clips_per_part" in part else ""
+        label += " (an epoch, each shard's first)" if name == "reader" else ""
+        times = [f"{part['sha256_seconds']:.3g} s", f"{part['sync_seconds']:.3g} s"]
+        verdict = "met" if part["met"] else "missed"
+        rows.append([label, f"{100 * part['share']:.2f} %", *times, of, f"< {100 * part['target']:.0f} %", verdict])
+    return ["checksums and syncs", *_align(rows)]
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as they must be; numbers to the right, where a column's heading says that it has some."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = [all(not row[i][:1].isdigit() for row in rows[1:]) for i in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(
+            cell.ljust(width) if to_left else cell.rjust(width)
+            for cell, width, to_left in zip(row, widths, left, strict=True)
+        ).rstrip()
+        for row in rows
+    ]  # fmt: skip
+
+
+def _spread(values: Report, form: str) -> str:
+    median, least, most = (format(values[name], form) for name in Spread._fields)
+    return f"{median} ({least} - {most})"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
