@@ -385,7 +385,7 @@ class VerifyRun:
     """Folder or s3:// URL to verify."""
     clean: bool = False
     """Remove what no manifest names: temporary files of killed jobs, shards and parts that nothing lists."""
-    min_age: float = 10.0
+    min_age: float = 180.0
     """Minutes since a file's last change before ``clean`` removes it: a job that still runs writes younger ones."""
 
     def __post_init__(self) -> None:

@@ -361,11 +361,12 @@ def _list_directory(folder: str) -> Iterator[tuple[str, Entry]]:
     with os.scandir(folder) as found:
         for entry in found:
             try:
-                # A link counts as what it leads to, and as a file of its own where it leads nowhere.
-                status = entry.stat(follow_symlinks=entry.is_dir() or entry.is_file())
+                # A link counts as what it leads to, and as a file of its own where it leads nowhere or in a circle.
+                reached = os.path.exists(entry.path)
+                status = entry.stat(follow_symlinks=reached)
             except FileNotFoundError:  # gone since the folder was listed
                 continue
-            yield entry.name, Entry(entry.is_dir(), status.st_size, status.st_mtime)
+            yield entry.name, Entry(reached and entry.is_dir(), status.st_size, status.st_mtime)
 
 
 def _list_objects(folder: str) -> Iterator[tuple[str, Entry]]:
@@ -380,11 +381,15 @@ def _list_objects(folder: str) -> Iterator[tuple[str, Entry]]:
 
 
 def _walk(root: str) -> Iterator[str]:
-    seen: set[str] = set()
+    seen = {os.path.realpath(root)}
     for folder, names, files in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        # Folders are often links to another disk; a link back up would never end.
-        names[:] = [name for name in names if os.path.realpath(os.path.join(folder, name)) not in seen]
+        # Folders are often links to another disk; a link back up would never end, and two to one folder are one.
+        fresh = []
+        for name in sorted(names):
+            if (real := os.path.realpath(os.path.join(folder, name))) not in seen:
+                seen.add(real)
+                fresh.append(name)
+        names[:] = fresh
         for name in files:
             yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
 

@@ -320,7 +320,7 @@ def _kind_of(path: str, entries: Mapping[str, store.Entry], given: bool) -> str:
     held = files & _FILES["checkpoint"]
     if len(held) > 1 or (held and (given or _step(path) is not None)):
         return "checkpoint"
-    if len(folders & _FOLDERS["tables"]) > 1 or ours("settings.json"):
+    if (given and len(folders & _FOLDERS["tables"]) > 1) or ours("settings.json"):
         return "tables"
     if ours("config.json") or ours("last.json") or ({"checkpoints", "metrics.jsonl"} & set(entries) and given):
         return "run"
@@ -577,19 +577,22 @@ def _verify_run(folder: Folder, work: "_Work") -> str:
         others = ", ".join(other for other in complete if other not in names) or "none"
         text = f"last.json names it, but it {there}; restore it from a copy; other complete checkpoints: {others}"
         folder.find("damaged" if name in contents else "missing", f"checkpoints/{name}", text)
-    sure = last or not (complete or "last.json" in folder.entries)
+    # Without the run's own config these may be another program's checkpoints.
+    sure = config is not None and (last or not (complete or "last.json" in folder.entries))
     for name, entries in contents.items():
         if name not in complete and name not in names:
             now = store.list_folder(folder.at("checkpoints", name))
             if "COMPLETE" in now or not now:
                 folder.notes.append(f"checkpoints/{name}: written or retired by its training meanwhile")
                 continue
-            folder.find("leftover", f"checkpoints/{name}", f"has no COMPLETE, {KILLED}", removable=sure)
+            others = [file for file in now if file not in _FILES["checkpoint"] and not _is_temporary(file)]
+            folder.find("leftover", f"checkpoints/{name}", f"has no COMPLETE, {KILLED}", removable=sure and not others)
+            _note_others(folder, f"checkpoints/{name}/", others)
             continue
         _find_temporaries(folder, f"checkpoints/{name}/", entries)
         _note_others(folder, f"checkpoints/{name}/", set(entries) - _FILES["checkpoint"])
     if ".ray" in folder.entries:
-        folder.find("leftover", ".ray", f"Ray's own storage, {KILLED}", removable=True)
+        folder.find("leftover", ".ray", f"Ray's own storage, {KILLED}", removable=config is not None)
     if complete or "metrics.jsonl" in folder.entries:
         with folder.reading("metrics.jsonl"):
             _read_metrics(folder)
@@ -692,7 +695,7 @@ def _finite_tensors(data: bytes) -> list[str]:
         raise FaultError(f"is not a safetensors file ({_one_line(error)}); {RESTORE}") from error
     if wrong := sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())):
         text = f"{len(wrong)} of {len(tensors)} tensors hold numbers that are not finite, the first {wrong[0]}"
-        raise FaultError(f"{text}; go on from an earlier checkpoint with a lower optim.lr")
+        raise FaultError(f"{text}; start a new run with a lower optim.lr or with optim.clip_norm")
     return sorted(tensors)
 
 
@@ -766,6 +769,8 @@ def _verify_tables(folder: Folder, work: "_Work") -> str:
         folder.find(fault.kind, "manifest.json", str(fault))
         sure = fault.kind == "missing"
     records = _read_records(folder, sorted(done), manifest)
+    # Without both, these may be the tables of somebody who copied the Parquet files alone.
+    sure = sure and (manifest is not None or (settings is not None and bool(records)))
     named = done if manifest is None else {record["name"] for record in records}
     _find_other_parts(folder, inside, named, finished=manifest is not None, sure=sure)
     basis = settings or manifest
@@ -1119,14 +1124,22 @@ def _ages(folder: Folder) -> Callable[[str], float]:
     list_once = functools.cache(store.list_folder)
     now = time.time()
 
+    seen: set[str] = set()  # a link may lead back up
+
     def newest(path: str) -> float:
-        if inside := list_once(path):
+        inside = list_once(path)
+        if inside and (real := path if store.is_url(path) else os.path.realpath(path)) not in seen:
+            seen.add(real)
             return max(newest(store.join(path, n)) if e.is_folder else e.modified for n, e in inside.items())
         above, _, name = path.rpartition("/")
         entry = list_once(above).get(name)
         return now if entry is None else entry.modified  # what cannot be told is taken for young, and kept
 
-    return lambda path: now - newest(path)
+    def age(path: str) -> float:
+        seen.clear()
+        return now - newest(path)
+
+    return age
 
 
 def _remove(folder: Folder, finding: Finding, age: Callable[[str], float], min_age: float) -> str:

@@ -1039,7 +1039,7 @@ def test_extra_parts(whole: Path, copy: Callable[[Path], Path], capsys: pytest.C
 # Cleaning
 
 
-def make_old(*paths: Path, minutes: float = 30.0) -> None:
+def make_old(*paths: Path, minutes: float = 300.0) -> None:
     when = time.time() - 60 * minutes
     for path in paths:
         for each in (path, *path.rglob("*")):
@@ -1079,14 +1079,14 @@ def test_clean_removes_leftovers_and_only_those(
     assert len(findings(tmp_path, capsys)) == len(leftovers)
     assert len(findings(tmp_path, capsys, clean=True)) == len(leftovers)  # all are too young
     make_old(tmp_path)
-    make_old(tmp_path / "tables/objects" / temporary, minutes=9)
+    make_old(tmp_path / "tables/objects" / temporary, minutes=99)
     capsys.readouterr()
     with pytest.raises(ValueError, match="1 finding"):
         verify(run_of(tmp_path, clean=True))
     out = capsys.readouterr().out
-    assert "kept: changed 9m00s ago, which is less than --min-age 10 minutes" in out
+    assert "kept: changed 1h39m ago, which is less than --min-age 180 minutes" in out
     assert out.count("removed   ") == len(leftovers) - 1
-    assert verify(run_of(tmp_path, clean=True, min_age=5.0)).startswith("ok: ")
+    assert verify(run_of(tmp_path, clean=True, min_age=90.0)).startswith("ok: ")
     assert contents(tmp_path) == before
     assert not (tmp_path / "run/checkpoints/step-00000003").exists()
 
@@ -1195,3 +1195,36 @@ def test_nothing_was_read_silently():
     print("\n".join(["", heads, *lines, f"{'together':46}{total[0]:>9}{total[1]:>7}{total[2]:>8}"]))
     assert total[0] == total[1]
     assert total[2] == 0
+
+
+@pytest.mark.parametrize("below", ["", "shared"])
+def test_clean_leaves_parquet_alone_that_somebody_copied_without_its_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], below: str
+) -> None:
+    for name in ("objects/shard-00000.parquet", "frames/shard-00000.parquet"):
+        (tmp_path / below / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / below / name).write_bytes(b"not ours to judge")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        verify(run_of(tmp_path, clean=True, min_age=0.0))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "removed" not in capsys.readouterr().out
+
+
+def test_clean_leaves_checkpoints_of_another_program_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "checkpoints/step-00001000/weights.pt"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match="findings"):
+        verify(run_of(tmp_path, clean=True, min_age=0.0))
+    assert weights.read_bytes() == b"somebody's"
+    assert "removed" not in capsys.readouterr().out
+
+
+def test_links_in_a_circle_end(tmp_path: Path) -> None:
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "here").symlink_to(".")
+    (tmp_path / "there").symlink_to(".")
+    assert store.list_folder(str(tmp_path))["self"].is_folder is False
+    folder = module.Folder(str(tmp_path), "run", store.list_folder(str(tmp_path)))
+    assert 0 <= module._ages(folder)(str(tmp_path)) < 3600
