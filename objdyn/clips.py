@@ -364,10 +364,10 @@ def probe_video(file: str | BinaryIO, limits: Limits = NO_LIMITS) -> VideoInfo:
 
     Raises:
         VideoError: with code ``unreadable``, ``no-video`` (only sound), ``no-decoder``, ``no-frames``, ``truncated``
-            (less than 90 % of what the header promises), ``damaged``, ``bad-geometry`` (frames differ in size),
-            ``too-long`` or ``too-large``.
+            (less than 90 % of what the header promises, in frames and in the time that they cover), ``damaged``,
+            ``bad-geometry`` (frames differ in size), ``too-long`` or ``too-large``.
     """
-    frames, height, width, ordered, last = 0, 0, 0, True, -math.inf
+    frames, height, width, ordered, start, last = 0, 0, 0, True, 0, -math.inf
     step, shortest, longest = 0.0, math.inf, 0.0
     most = math.inf if limits.frames is None else limits.frames
     corrupt, first_corrupt = 0, 0
@@ -395,7 +395,7 @@ def probe_video(file: str | BinaryIO, limits: Limits = NO_LIMITS) -> VideoInfo:
                 if pts - last != step and index:
                     step = pts - last
                     shortest, longest = min(shortest, step), max(longest, step)
-                last = pts
+                start, last = start if index else pts, pts
                 if frame.key_frame and (not keyframes or index - keyframes[-1][0] >= _SEEK_FRAMES):
                     keyframes.append((index, pts))
     except _StreamError as error:
@@ -403,7 +403,7 @@ def probe_video(file: str | BinaryIO, limits: Limits = NO_LIMITS) -> VideoInfo:
     if not frames:
         promise = f", though the header promises {stream.promised}" if stream.promised else ""
         raise VideoError("no-frames", f"no frame decodes{promise}{ended}")
-    stream.check_whole(frames, ended)
+    stream.check_whole(frames, (last - start) * stream.tick if ordered else 0.0, ended)
     if ended:
         raise VideoError("damaged", f"decoding stops after {frames} frames{ended}")
     if corrupt:
@@ -441,9 +441,13 @@ class _Stream:
     """Unit of pts in seconds."""
     gif: bool = False
 
-    def check_whole(self, frames: int, ended: str) -> None:
-        """Raise VideoError if much less was found than the header promises."""
-        if frames < _WHOLE * self.expected:
+    def check_whole(self, frames: int, covered: float, ended: str) -> None:
+        """Raise VideoError if much less was found than the header promises.
+
+        ``covered`` are the seconds from the first frame to the last, 0 if unknown: an AVI file counts frames that its
+        camera dropped, so few frames that cover all of the time are whole.
+        """
+        if max(frames, covered * self.fps + 1) < _WHOLE * self.expected:
             raise VideoError("truncated", f"the header promises {self.promised} frames, {frames} decode{ended}")
         if not self.promised and self.end < _WHOLE * self.seconds:
             raise VideoError(

@@ -9,6 +9,7 @@ bounded by the size of the address space, which only Linux tells.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
@@ -30,19 +32,22 @@ CHILD_SECONDS = 86_400.0
 
 _CHILD = "from pipeline.isolate import main; main()"  # not -m, which would make this module another one
 _READY = b"ready\n"
+_AT_STORAGE, _AT_WORK = b"storage", b"at work"  # of one length, since one overwrites the other
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 _PERIOD = 1.0  # seconds between two times that the clock is wound up, since a frame may take microseconds
 
 _stall = 0.0  # seconds that a decoder may go without giving a frame; 0 outside of guarded()
 _next = 0.0  # when the clock is wound up again
 _short: int | None = None  # size of the address space from which on memory counts as short
+_mark: int | None = None  # a child's file for what it waits for: all of its clocks end it by the same signal
 
 
 @contextlib.contextmanager
 def guarded(stall_seconds: float, memory_gb: float) -> Iterator[None]:
     """Let a decoder that stalls kill this process, and one that takes too much memory raise ``MemoryError``.
 
-    The limits of the process are afterwards as they were.
+    The limits of the process are afterwards as they were. A handler of SIGALRM is too, unless it is not Python's.
     """
     global _stall, _short
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -55,11 +60,27 @@ def guarded(stall_seconds: float, memory_gb: float) -> Iterator[None]:
         _short = short if peak < short else None
     _stall = stall_seconds
     try:
-        yield
+        with _alarm_kills():
+            yield
     finally:
         _stall, _short = 0.0, None
-        signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextlib.contextmanager
+def _alarm_kills() -> Iterator[None]:
+    """Let the clock's signal end the process, though whoever started it may have ignored or blocked the signal."""
+    # Python sets handlers in the main thread only; elsewhere the one that is there stays.
+    settable = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGALRM, signal.SIG_DFL) if settable else None
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if handler is not None:
+            signal.signal(signal.SIGALRM, handler)
 
 
 @contextlib.contextmanager
@@ -85,11 +106,13 @@ def frame_came() -> bool:
 
 @contextlib.contextmanager
 def storage() -> Iterator[None]:
-    """Stop the clock while storage is read."""
+    """Stop the clock while storage is read; another one runs, whose end is no fault of the video."""
     left = signal.setitimer(signal.ITIMER_REAL, STORAGE_SECONDS)[0] if _stall else 0.0
+    _write_mark(_AT_STORAGE)
     try:
         yield
     finally:
+        _write_mark(_AT_WORK)
         if _stall:
             signal.setitimer(signal.ITIMER_REAL, left)
 
@@ -100,6 +123,11 @@ def memory_is_short() -> bool:
     Some decoders say that the data are bad when they get no memory, so an error that they give then proves nothing.
     """
     return _short is not None and (sizes := _address_space()) is not None and sizes[1] >= _short
+
+
+def _write_mark(mark: bytes) -> None:
+    if _mark is not None:
+        os.pwrite(_mark, mark, 0)
 
 
 def _wind_up() -> None:
@@ -129,7 +157,7 @@ def ask_child(run: Mapping[str, Any], task: str, root: str, folder: str, item: s
     Raises:
         RuntimeError: the process did not get as far as the task.
     """
-    request = {"run": dict(run), "task": task, "root": root, "folder": folder, "item": item}
+    request = {"run": dict(run), "task": task, "root": root, "folder": folder, "item": item, "parent": os.getpid()}
     # The child must find the same packages: Ray puts a job's working directory on the path at run time.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with (
@@ -152,10 +180,14 @@ def ask_child(run: Mapping[str, Any], task: str, root: str, folder: str, item: s
             complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 2000))
             reason = " ".join(complaints.read().decode(errors="replace").split())
             raise RuntimeError(f"a process to read a video in ended with status {child.returncode}: {reason}")
+        complaints.seek(0)
+        waited = child.returncode == -signal.SIGALRM and complaints.read() == _AT_STORAGE
     answer = said.removeprefix(_READY).decode()
     try:
         json.loads(answer)  # a process that is killed may have written half of it, or nothing
     except ValueError:
+        if waited:
+            return json.dumps({"error": f"the storage did not answer for {STORAGE_SECONDS:g} s"})
         return json.dumps({"fault": _cause_of_death(child.returncode, run["stall_seconds"])})
     return answer
 
@@ -172,10 +204,15 @@ def _cause_of_death(status: int, stall_seconds: float) -> tuple[str, str]:
 
 def main() -> None:
     """Be the child: read a request, do it, answer."""
+    global _mark
+    if sys.platform == "linux":  # a child whose parent is killed would work on for nobody
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     signal.setitimer(signal.ITIMER_REAL, START_SECONDS)
     request = json.loads(sys.stdin.buffer.read())
+    if os.getppid() != request["parent"]:  # it died before the kernel was asked to tell
+        os._exit(1)
     import av  # noqa: F401  # before the limits, see shard._guarded
 
     from pipeline import shard
@@ -183,11 +220,14 @@ def main() -> None:
 
     run = ShardRun(**request["run"])
     with os.fdopen(os.dup(1), "wb") as answer:
-        _write(answer, _READY)
+        _mark = os.dup(2)  # a file of the parent's, who reads complaints of the start only
         # Decoders may print whatever they like, as much as they like.
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
+        os.ftruncate(_mark, 0)
+        _write_mark(_AT_WORK)
+        _write(answer, _READY)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _write(answer, json.dumps(_do(run, request, shard.ALONE[request["task"]])).encode())
     os._exit(0)  # a library that hangs or crashes while it is unloaded has given its answer already

@@ -41,10 +41,13 @@ SHARD_BYTES = 48_000_000
 """Pixels of a shard where ``clips_per_shard`` is not given, in bytes before compression."""
 STRICT_INPUTS = 100
 """From this many inputs on too large an unusable share is an error; below it is a warning."""
+_OR_LIMITS = (
+    "; or a video ran out of time or memory in one of the two runs (see its quarantine.parquet): choose another --out"
+)
 OWNER = "objdyn"
 """Owner of every tar member; a fixed one, so that tars do not depend on who wrote them."""
 
-_READING_FAILS = (ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, EOFError)
+READING_FAILS = (ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, EOFError)
 """What readers raise on bad input; the storage's errors, and those of this program, are none of a video's."""
 
 INDEX_SCHEMA = pa.schema(
@@ -332,7 +335,7 @@ def list_source(source: str) -> tuple[str, list[str]]:
     return source, listing
 
 
-class _Source:
+class SourceFiles:
     """Opens a task's input files and remembers a read that the storage refused.
 
     A decoder reports such a read like damage in the file, or passes over it, so its error cannot tell the two apart.
@@ -376,7 +379,7 @@ class _SourceFile(io.RawIOBase):
 
     mode = "rb"
 
-    def __init__(self, source: _Source, path: str, file: BinaryIO) -> None:
+    def __init__(self, source: SourceFiles, path: str, file: BinaryIO) -> None:
         self.name, self._source, self._file = path, source, file
 
     def readable(self) -> bool:
@@ -408,7 +411,7 @@ def _guarded(run: ShardRun, task: Callable[[str], str], item: str) -> str:
         return task(item)
 
 
-def _limits(run: ShardRun) -> Limits:
+def limits_of(run: ShardRun) -> Limits:
     """Bound what one video may cost, from now on."""
     begin = time.thread_time()
 
@@ -422,14 +425,14 @@ def _limits(run: ShardRun) -> Limits:
 def _scan(run: ShardRun, root: str, item: str) -> str:
     scan = LAYOUTS[run.layout].scan
     assert scan is not None
-    container, source = _video(json.loads(item)), _Source(root)
+    container, source = _video(json.loads(item)), SourceFiles(root)
     try:
         with isolate.decoding():
             failpoints.reach("decode", f"scan {container.source}")
-            found = scan(container, source.open, _limits(run))
+            found = scan(container, source.open, limits_of(run))
         if found.faults and isolate.memory_is_short():
             raise MemoryError
-    except _READING_FAILS as error:
+    except READING_FAILS as error:
         found = Found((), 0, (_fault(container, error),))
     finally:
         source.check()
@@ -439,17 +442,17 @@ def _scan(run: ShardRun, root: str, item: str) -> str:
 
 
 def _probe(run: ShardRun, root: str, item: str) -> str:
-    video, source = _video(json.loads(item)), _Source(root)
+    video, source = _video(json.loads(item)), SourceFiles(root)
     try:
         with isolate.decoding():
             failpoints.reach("decode", f"probe {video.source}")
-            probed = LAYOUTS[run.layout].probe(video, source.open, _limits(run))
+            probed = LAYOUTS[run.layout].probe(video, source.open, limits_of(run))
         try:
             run.preprocessing().box(probed.height, probed.width)
         except ValueError as error:
             raise VideoError("bad-geometry", str(error)) from error
         result = {"video": dataclasses.asdict(probed)}
-    except _READING_FAILS as error:
+    except READING_FAILS as error:
         result = {"fault": _fault(video, error)}
     finally:
         source.check()
@@ -467,12 +470,14 @@ def _clips(
     if run.source.startswith("sim:"):
         yield from _simulate(run, parts)
         return
-    source = _Source(root)
+    source = SourceFiles(root)
     for part in parts:
         if guilty and part.video.source in guilty:
             quarantined.append(_quarantined(guilty[part.video.source], "build"))
             continue
-        clips = LAYOUTS[run.layout].read(part.video, source.open, part.cuts, run.preprocessing(), run.fps, _limits(run))
+        clips = LAYOUTS[run.layout].read(
+            part.video, source.open, part.cuts, run.preprocessing(), run.fps, limits_of(run)
+        )
         first = True
         while True:
             try:
@@ -480,7 +485,7 @@ def _clips(
                     if first:
                         failpoints.reach("decode", f"build {part.video.source}")
                     first, clip = False, next(clips, None)
-            except _READING_FAILS as error:
+            except READING_FAILS as error:
                 quarantined.append(_quarantined(_fault(part.video, error, certain=guilty is not None), "build"))
                 clip = None
             finally:
@@ -746,7 +751,7 @@ def _unchanged(write: Callable[[BinaryIO], None], sha256: str | None, name: str)
         buffer = io.BytesIO()
         write(buffer)
         if hashlib.sha256(buffer.getvalue()).hexdigest() != sha256:
-            raise ValueError(f"{name} was made from other videos than the source holds now; choose another --out")
+            raise ValueError(f"{name} was made from other videos than the source holds now{_OR_LIMITS}")
         stream.write(buffer.getvalue())
 
     return checked
@@ -835,8 +840,8 @@ def _intact(folder: str, previous: Mapping[str, Any], plans: Sequence[Plan]) -> 
         same = [(row["key"], row["source"], row["start_frame"]) for row in there] == wanted
         if not same or [row.source for row in here] != lost:
             raise ValueError(
-                f"{folder} already holds a dataset of other videos than the source holds now ({plan.name} differs); "
-                "choose another --out"
+                f"{folder} already holds a dataset of other videos than the source holds now ({plan.name} differs)"
+                f"{_OR_LIMITS}"
             )
         path, entry = store.join(folder, plan.name), entries.get(plan.name)
         if entry is None:

@@ -3,7 +3,6 @@
 Each trial runs in a process of its own, which may crash, hang or be killed for its memory without harm.
 """
 
-import functools
 import json
 import math
 import multiprocessing
@@ -22,7 +21,7 @@ from pipeline.machine import peak_memory
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from objdyn.datasets import Limits, Video
+    from objdyn.datasets import Video
 
 SAMPLE_FILES = 8
 """Videos, or files that hold videos, of a sample."""
@@ -151,33 +150,46 @@ def sample_source(run: ShardRun, seconds: float) -> Sample:
 
 def decode_videos(run: ShardRun, root: str, files: Sequence["Video"]) -> Iterator[dict[str, Any]]:
     """Trial: decode each video whole, then cut and encode some of its clips; what all of them would take."""
-    from objdyn.datasets import LAYOUTS
+    import av  # noqa: F401  # before the limits, see shard._guarded
 
-    scan, open_file = LAYOUTS[run.layout].scan, functools.partial(_open, root)
+    from objdyn.datasets import LAYOUTS
+    from pipeline.shard import READING_FAILS, SourceFiles, limits_of
+
+    scan, source = LAYOUTS[run.layout].scan, SourceFiles(root)
     for place, file in enumerate(files):
         yield {"begin": file.source, "file": place}
         videos = [file]
         if scan is not None:
-            found = scan(file, open_file, _limits(run))
+            try:
+                with isolate.guarded(run.stall_seconds, run.max_memory_gb), isolate.decoding():
+                    found = scan(file, source.open, limits_of(run))
+            except (*READING_FAILS, MemoryError) as error:
+                yield {"video": file.source, "fault": one_line(error)}
+                continue
+            finally:
+                source.check()
             yield {"holds": len(found.videos)}
             yield from ({"video": fault.source, "fault": fault.message} for fault in found.faults)
             videos = _spread(found.videos, -(-SAMPLE_FILES // len(files)))
         for video in videos:
             yield {"begin": video.source, "file": place}
             try:
-                with isolate.guarded(run.stall_seconds, run.max_memory_gb):
+                with isolate.guarded(run.stall_seconds, run.max_memory_gb), isolate.decoding():
                     failpoints.reach("decode", f"probe {video.source}")
-                    result = _decode(run, video, open_file)
-            except (ValueError, MemoryError) as error:
+                    result = _decode(run, video, source.open)
+            except (*READING_FAILS, MemoryError) as error:
                 result = {"fault": one_line(error)}
+            finally:
+                source.check()
             yield {"video": video.source, **result}
 
 
 def _decode(run: ShardRun, video: "Video", open_file: Callable[[str], BinaryIO]) -> dict[str, Any]:
     from objdyn.clips import to_sample
     from objdyn.datasets import LAYOUTS, Cut
+    from pipeline.shard import limits_of
 
-    layout, preprocessing, limits = LAYOUTS[run.layout], run.preprocessing(), _limits(run)
+    layout, preprocessing, limits = LAYOUTS[run.layout], run.preprocessing(), limits_of(run)
     begin = time.perf_counter()
     probed = layout.probe(video, open_file, limits)
     probed_at = time.perf_counter()
@@ -202,16 +214,6 @@ def _decode(run: ShardRun, video: "Video", open_file: Callable[[str], BinaryIO])
         "seconds": probe_seconds + read_seconds + per_clip * (len(starts) - len(cuts)),
         "bytes": stored / len(cuts) * len(starts),
     }
-
-
-def _limits(run: ShardRun) -> "Limits":
-    from objdyn.datasets import Limits
-
-    return Limits(run.max_frames, run.max_pixels, int(run.max_file_gb * 1e9))
-
-
-def _open(root: str, path: str) -> BinaryIO:
-    return store.open_read(store.join(root, path))
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:

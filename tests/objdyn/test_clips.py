@@ -373,6 +373,28 @@ def test_truncated_videos_are_known_by_what_the_header_promises(
     assert (found[0], len(re.findall(message, found[1]))) == (code, 1), found
 
 
+@pytest.mark.parametrize("kept", [1.0, 0.5])
+def test_frames_that_an_avi_file_counts_as_dropped_are_not_missing(tmp_path: Path, kept: float) -> None:
+    import av
+
+    path, rng = tmp_path / "a.avi", np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for index in range(0, 100, 2):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8), format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data))])
+    if kept == 1:
+        info = probe_video(str(path))
+        assert (info.frames, info.promised) == (50, 99)
+    else:
+        assert cause(path)[0] == "truncated"
+
+
 def test_frames_that_an_edit_list_leaves_out_are_not_missing(
     tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
 ) -> None:

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -535,6 +536,28 @@ def test_sample_is_spread_over_the_source_and_stops_in_time(tmp_path: Path, monk
 
     monkeypatch.setattr(trial, "in_child", late)
     assert trial.sample_source(run, 20.0).unfinished == "00.mp4"
+
+
+def test_a_reader_that_fails_or_stalls_costs_the_sample_one_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from objdyn.datasets import LAYOUTS
+
+    monkeypatch.setattr(trial, "in_child", in_process)
+    write_videos(tmp_path / "videos", ["a.mp4", "b.mp4"], frames=6)
+    layout = LAYOUTS["videos"]
+    clocks = []
+
+    def probe(video: Any, *arguments: Any) -> Any:
+        clocks.append(signal.getitimer(signal.ITIMER_REAL)[0] > 0)
+        if video.source == "a.mp4":
+            raise KeyError("missing")
+        return layout.probe(video, *arguments)
+
+    monkeypatch.setitem(LAYOUTS, "videos", layout._replace(probe=probe))
+    sample = trial.sample_source(ShardRun(source=str(tmp_path / "videos"), out=str(tmp_path), frames=5), 20.0)
+    assert [each["video"] for each in sample.read] == ["b.mp4"]
+    assert (sample.faults, clocks) == (["a.mp4: KeyError: 'missing'"], [True, True])
 
 
 def test_dataset_larger_than_the_disk_is_a_failure(look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

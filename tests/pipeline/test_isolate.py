@@ -1,5 +1,6 @@
 """The bounds of a process and of its children; what hangs or dies does so in a process of its own."""
 
+import contextlib
 import dataclasses
 import json
 import resource
@@ -59,6 +60,15 @@ def test_time_in_storage_gives_the_decoder_no_new_time() -> None:
     assert (status, seconds < 30) == (-signal.SIGALRM, True)
 
 
+@pytest.mark.parametrize("inherited", ["signal.signal(14, signal.SIG_IGN)", "signal.pthread_sigmask(0, {14})"])
+def test_the_clock_works_where_its_signal_is_ignored_or_blocked_and_leaves_that_as_it_was(inherited: str) -> None:
+    state = "(signal.getsignal(14), signal.pthread_sigmask(0, []))"
+    begin = f"import signal\n{inherited}\nbefore = {state}\n"
+    after = f"print(before == {state})"
+    assert run_python(begin + DECODING.format(stall=60, body="pass") + after)[:2] == (0, "end\nTrue\n")
+    assert run_python(begin + DECODING.format(stall=0.1, body="time.sleep(60)"))[0] == -signal.SIGALRM
+
+
 def test_memory_is_bounded_and_the_limits_are_afterwards_as_before() -> None:
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getitimer(signal.ITIMER_REAL)
     with pytest.raises(MemoryError), isolate.guarded(60, 0.5), isolate.decoding():
@@ -97,6 +107,53 @@ def test_the_end_of_a_child_says_what_happened(
     said = json.loads(isolate.ask_child(dataclasses.asdict(RUN), "probe", "", "", "{}"))
     assert str(answer.get("fault", ["", "fine"])[1]) in str(said)  # pyright: ignore[reportIndexIssue]
     assert list(said) == list(answer)
+
+
+CHILD = """
+import os, time
+from pipeline import isolate, shard
+isolate.STORAGE_SECONDS = 0.2
+def task(*_):
+    {task}
+shard.ALONE["probe"] = task
+isolate.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        ("with isolate.decoding(), isolate.storage(): time.sleep(60)", {"error": "the storage did not answer for 9 s"}),
+        (
+            "with isolate.decoding():\n        with isolate.storage(): pass\n        time.sleep(60)",
+            {"fault": ["hang", "the decoder gave no frame for 0.1 s"]},
+        ),
+    ],
+)
+def test_storage_that_hangs_is_not_blamed_on_the_video(
+    monkeypatch: pytest.MonkeyPatch, task: str, answer: dict[str, object]
+) -> None:
+    monkeypatch.setattr(isolate, "STORAGE_SECONDS", 9.0)
+    monkeypatch.setattr(isolate, "_CHILD", CHILD.format(task=task))
+    assert json.loads(isolate.ask_child(dataclasses.asdict(RUN), "probe", "", "", "{}")) == answer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent has died")
+def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
+    run = dataclasses.asdict(dataclasses.replace(RUN, stall_seconds=600))
+    task = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    parent = f"from pipeline import isolate\nisolate._CHILD = {CHILD.format(task=task)!r}\n"
+    parent += f"isolate.ask_child({run!r}, 'probe', '', '', '{{}}')"
+    with subprocess.Popen([sys.executable, "-c", parent]) as process:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    status, deadline = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat"), time.monotonic() + 30
+    with contextlib.suppress(OSError):  # it is gone, or a zombie where nobody collects orphans
+        while status.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_a_child_that_cannot_start_is_not_blamed_on_the_video(monkeypatch: pytest.MonkeyPatch) -> None:

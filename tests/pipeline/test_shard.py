@@ -373,6 +373,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "disk/a.mp4").touch()
     (tmp_path / "source").mkdir()
     (tmp_path / "source/linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "source/linked-again").symlink_to(tmp_path / "disk")
     (tmp_path / "disk/back").symlink_to(tmp_path / "source")
     assert sharding.list_source(str(tmp_path / "source")) == (str(tmp_path / "source"), ["linked/a.mp4"])
 
