@@ -12,29 +12,24 @@ left out of the rates and stated beside them.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-from torch import nn
 
 from objdyn import clips, families
 from objdyn.clips import Clip
@@ -43,11 +38,22 @@ from pipeline import checkpoint, cluster, extract, loop, quickstart, shard, stor
 from pipeline.config import BENCHMARK_PARTS, BenchmarkRun, ExtractRun, LoaderConfig, ShardRun, TrainRun, torch_device
 from pipeline.presets import PRESETS
 from pipeline.reader import TrainingReader, iter_clips, open_source
+from pipeline.timing import (
+    IntegrityClock,
+    Spread,
+    StepTimer,
+    in_child,
+    mean_parts,
+    new_processes,
+    peak_memory,
+    repeat,
+    replaced,
+    spread,
+)
 
 SCHEMA = 1
 TARGETS = {"ray-train": 0.95, "extract": 0.90, "shard": 0.90, "reader": 2500.0, "integrity": 0.03}
 """Least ratio to the same work bare; least clips per second; largest share of SHA-256 and fsync."""
-STEP_PARTS = ("data", "forward", "backward", "gradient clip", "optimiser", "other")
 
 SIMULATOR = "balls-interaction"
 FRAMES = 20
@@ -65,14 +71,6 @@ ARM_SECONDS = 6.0
 
 Result = TypeVar("Result")
 Report = dict[str, Any]
-
-
-class Spread(NamedTuple):
-    """The middle of some measurements, and how far they go apart."""
-
-    median: float
-    least: float
-    most: float
 
 
 class Arm(NamedTuple):
@@ -608,242 +606,7 @@ def counted_steps(out: str, after: int = 0) -> tuple[int, float]:
     return sum(steps), sum(n / line["steps_per_second"] for n, line in zip(steps, lines[1:], strict=True))
 
 
-# ---- measuring tools -------------------------------------------------------------------------------------------------
-
-
-class Cost(NamedTuple):
-    """What a part took."""
-
-    seconds: float
-    cpu_seconds: float
-    """Of all threads of the process."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimiser step; ``parts`` is empty where it was not split."""
-
-    seconds: float
-    cpu_seconds: float
-    parts: dict[str, Cost]
-
-
-class StepTimer:
-    """Splits the steps of ``loop.train`` into parts, from outside.
-
-        with StepTimer(device) as timer:
-            loop.train(run, Worker(wrap=timer.attach))
-        timer.steps
-
-    A step reaches from the end of one ``optimizer.step()`` to the end of the next. At every moment one part, the top of
-    a stack, gets the time, so that the parts sum to the step: ``data`` is the wait for the reader, ``forward/NAME``
-    the model's child of that name without children that it calls in turn, ``gradient clip`` all between the last
-    ``backward()`` and the optimiser (norm, clipping, the check that it is finite), ``other`` the rest of the loop.
-    """
-
-    def __init__(
-        self, device: torch.device, *, warm_up: int = 1, plain: int = 0, after_step: Callable[[], None] = lambda: None
-    ) -> None:
-        self.steps: list[Step] = []
-        self._device = device
-        self._plain = plain
-        self._uncounted = warm_up
-        self._after_step = after_step
-        self._undo = contextlib.ExitStack()
-        self._stack = ["other"]
-        self._costs: dict[str, Cost] = {}
-        self._last = self._step_begin = Cost(0.0, 0.0)
-        self._splitting = plain == 0
-
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Watch a model's forward pass and, inside it, that of its children."""
-        self._watch(model, "forward", lambda: True)
-        for name, child in _children(model):
-            # The backward pass may run a forward again to save memory; that is not the forward's time.
-            self._watch(child, f"forward/{name}", lambda: self._stack[1:2] == ["forward"])
-        return model
-
-    def __enter__(self) -> "StepTimer":
-        from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-
-        timer, micro_batches, backward = self, TrainingReader.micro_batches, torch.Tensor.backward
-
-        def timed_micro_batches(reader: TrainingReader, position: int = 0) -> Generator[Any, None, None]:
-            with contextlib.closing(micro_batches(reader, position)) as batches:
-                while True:
-                    timer._enter("data", base="other")
-                    batch = next(batches)
-                    timer._leave()
-                    yield batch
-
-        def timed_backward(tensor: torch.Tensor, *arguments: Any, **named: Any) -> None:
-            timer._enter("backward")
-            backward(tensor, *arguments, **named)
-            timer._leave(base="gradient clip")
-
-        self._undo.enter_context(replaced(TrainingReader, "micro_batches", timed_micro_batches))
-        self._undo.enter_context(replaced(torch.Tensor, "backward", timed_backward))
-        self._undo.callback(register_optimizer_step_pre_hook(lambda *_: self._enter("optimiser")).remove)
-        self._undo.callback(register_optimizer_step_post_hook(lambda *_: self._end_of_step()).remove)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._undo.close()
-
-    def _watch(self, module: nn.Module, name: str, wanted: Callable[[], bool]) -> None:
-        entered: list[bool] = []  # a stack: a module may call itself
-
-        def enter(*_: object) -> None:
-            entered.append(wanted())
-            if entered[-1]:
-                self._enter(name)
-
-        def leave(*_: object) -> None:
-            if entered.pop():
-                self._leave()
-
-        self._undo.callback(module.register_forward_pre_hook(enter).remove)
-        self._undo.callback(module.register_forward_hook(leave).remove)
-
-    def _enter(self, name: str, base: str | None = None) -> None:
-        self._charge()
-        self._stack[0] = base or self._stack[0]
-        self._stack.append(name)
-
-    def _leave(self, base: str | None = None) -> None:
-        self._charge()
-        self._stack.pop()
-        self._stack[0] = base or self._stack[0]
-
-    def _charge(self) -> None:
-        """Give the time since the last border to the part on top."""
-        if self._splitting:
-            now = self._now()
-            before = self._costs.get(self._stack[-1], Cost(0.0, 0.0))
-            self._costs[self._stack[-1]] = Cost(
-                before.seconds + now.seconds - self._last.seconds,
-                before.cpu_seconds + now.cpu_seconds - self._last.cpu_seconds,
-            )
-            self._last = now
-
-    def _end_of_step(self) -> None:
-        self._leave(base="other")
-        now = self._last if self._splitting else self._now()
-        if self._uncounted:
-            self._uncounted -= 1
-        else:
-            begin = self._step_begin
-            self.steps.append(Step(now.seconds - begin.seconds, now.cpu_seconds - begin.cpu_seconds, dict(self._costs)))
-        self._costs.clear()
-        self._splitting = len(self.steps) >= self._plain
-        self._after_step()
-        self._last = self._step_begin = self._now()
-
-    def _now(self) -> Cost:
-        _synchronize(self._device)
-        return Cost(time.perf_counter(), time.process_time())
-
-
-def mean_parts(steps: Sequence[Step]) -> Report:
-    """The mean step and its parts: they sum to it. ``forward`` is the sum of its own parts, given beside."""
-    names = sorted({name for step in steps for name in step.parts})
-
-    def mean(select: Callable[[Step], float]) -> float:
-        return statistics.fmean(map(select, steps))
-
-    nothing = Cost(0.0, 0.0)
-    costs = {
-        name: Cost(
-            mean(lambda step, name=name: step.parts.get(name, nothing).seconds),
-            mean(lambda step, name=name: step.parts.get(name, nothing).cpu_seconds),
-        )
-        for name in names
-    }
-    inside = {name.removeprefix("forward/"): cost for name, cost in costs.items() if name.startswith("forward/")}
-    if "forward" in costs:
-        inside["other"] = costs["forward"]
-        costs["forward"] = Cost(*(sum(column) for column in zip(*inside.values(), strict=True)))
-    return {
-        "seconds": mean(lambda step: step.seconds),
-        "cpu_seconds": mean(lambda step: step.cpu_seconds),
-        "parts": {name: costs.get(name, nothing)._asdict() for name in STEP_PARTS},
-        "forward": {
-            name: cost._asdict() for name, cost in sorted(inside.items(), key=lambda item: (item[0] == "other", item))
-        },
-    }
-
-
-class IntegrityClock:
-    """Adds up what SHA-256 and fsync take in this process while it is open.
-
-    Hashing counts the CPU seconds of its thread, since it may run beside others; a sync the time that it waits.
-    """
-
-    def __init__(self) -> None:
-        self.sha256_seconds = self.sync_seconds = 0.0
-        self._undo = contextlib.ExitStack()
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> "IntegrityClock":
-        sha256, fsync = hashlib.sha256, os.fsync
-
-        def timed_sha256(data: Any = b"", **named: Any) -> _TimedHash:
-            return _TimedHash(sha256(**named), self).extended(data)
-
-        def timed_fsync(descriptor: Any) -> None:
-            begin = time.perf_counter()
-            fsync(descriptor)
-            with self._lock:
-                self.sync_seconds += time.perf_counter() - begin
-
-        self._undo.enter_context(replaced(hashlib, "sha256", timed_sha256))
-        self._undo.enter_context(replaced(os, "fsync", timed_fsync))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._undo.close()
-
-    def add_hashing(self, seconds: float) -> None:
-        with self._lock:
-            self.sha256_seconds += seconds
-
-
-class _TimedHash:
-    """A SHA-256 that tells a clock what it takes."""
-
-    def __init__(self, digest: Any, clock: IntegrityClock) -> None:
-        self._digest, self._clock = digest, clock
-
-    def extended(self, data: Any) -> "_TimedHash":
-        self.update(data)
-        return self
-
-    def update(self, data: Any) -> None:
-        begin = time.thread_time()
-        self._digest.update(data)
-        self._clock.add_hashing(time.thread_time() - begin)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._digest, name)
-
-
-def spread(values: Sequence[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
-
-
-def repeat(call: Callable[[], object], times: int, device: torch.device, seconds: float = 20.0) -> list[float]:
-    """Time a call, ``times`` times after one that is not counted; from the third on it ends after ``seconds``."""
-    measured: list[float] = []
-    for number in range(1 + times):
-        _synchronize(device)
-        begin = time.perf_counter()
-        call()
-        _synchronize(device)
-        if number:
-            measured.append(time.perf_counter() - begin)
-        if len(measured) >= 3 and sum(measured) > seconds:
-            break
-    return measured
+# ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
 def alternate(
@@ -878,40 +641,6 @@ def compare(pairs: Sequence[tuple[Arm, Arm]], unit: str, target: float | None) -
         },
         "pairs": [{"stage": a._asdict(), "bare": b._asdict()} for a, b in pairs],
     }
-
-
-def new_processes(number: int, niceness: int = 0) -> ProcessPoolExecutor:
-    """A pool of fresh processes, of lower priority by ``niceness``."""
-    return ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(niceness,))
-
-
-def in_child(function: Callable[..., Result], *arguments: Any, niceness: int = 0) -> Result:
-    """Call a function in a new process that does nothing else.
-
-    Raises:
-        ChildProcessError: the process died.
-    """
-    with new_processes(1, niceness) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise ChildProcessError(
-                f"the process that ran {function.__name__} died (out of memory?); measure a smaller preset, or leave "
-                "that part out with --parts"
-            ) from error
-
-
-def peak_memory() -> int:
-    """Most memory that this process has held so far, in bytes."""
-    try:
-        with open("/proc/self/status") as file:
-            # Unlike getrusage, which hands a new process the peak of the one that started it.
-            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak << 10
 
 
 def machine(device: torch.device, threads: int) -> Report:
@@ -1019,17 +748,6 @@ def over_processes(pool: Executor) -> Callable[..., list[str]]:
 
 
 @contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Put something else in the place of an attribute for a while."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Swallow the progress of a stage that runs many times; what goes wrong is raised."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -1050,24 +768,10 @@ def _preset(run: BenchmarkRun) -> TrainRun:
     return presets[run.preset]
 
 
-def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Direct children that have a forward pass: a list of modules has none, its members do."""
-    for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from ((f"{name}.{inner}", module) for inner, module in _children(child))
-        else:
-            yield name, child
-
-
 def _integrity(sha256: float, sync: float, whole: float) -> Report:
     share = (sha256 + sync) / whole
     return {"sha256_seconds": sha256, "sync_seconds": sync, "of_seconds": whole, "share": share,
             "target": TARGETS["integrity"], "met": share < TARGETS["integrity"]}  # fmt: skip
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _use_one_core() -> bool:

@@ -190,8 +190,9 @@ def look_at_run(out: str) -> set[str]:
     saved = checkpoint.load_last(out)  # never refuses: a run could not go on
     found = {digest(lines_of(Path(out, "metrics.jsonl")))}
     if saved is not None:
-        tensors = [(name, tensor.tolist()) for part in (saved.model, saved.optimizer) for name, tensor in part.items()]
-        found |= {digest([saved.step, saved.state, tensors]), checkpoint.load_model(out).model_id}
+        tensors = [item for part in (saved.model, saved.optimizer) for item in part.items()]
+        content = [(name, digest(tensor.numpy().tobytes().hex())) for name, tensor in tensors]
+        found |= {digest([saved.step, saved.state, content]), checkpoint.load_model(out).model_id}
     return found
 
 
