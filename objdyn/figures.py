@@ -102,14 +102,19 @@ def draw_particles(
     )
 
 
-def mask_overlay(frames: np.ndarray, masks: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+def mask_overlay(
+    frames: np.ndarray, masks: np.ndarray, opacity: float = 0.6, *, background: bool = True
+) -> np.ndarray:
     """Tint each pixel with the colour of the component that claims it; component 0, the background, stays untinted.
 
     Args:
         frames: uint8 (t, h, w, c).
         masks: (t, k, h, w), non-negative.
         opacity: of the tint.
+        background: component 0 is the background; otherwise it is an object like the others.
     """
+    if not background:
+        masks = np.concatenate([np.full_like(masks[:, :1], -1), masks], axis=1)
     picture = upscale(frames, 1).astype(np.float32)
     owner = masks.argmax(axis=1)
     tint = np.concatenate([np.zeros((1, 3)), colours(masks.shape[1] - 1)])[owner]
@@ -117,7 +122,9 @@ def mask_overlay(frames: np.ndarray, masks: np.ndarray, opacity: float = 0.6) ->
     return np.round(picture * (1 - weight) + tint * weight).astype(np.uint8)
 
 
-def component_grid(masks: np.ndarray, components: np.ndarray, *, factor: int = 2, columns: int = 12) -> np.ndarray:
+def component_grid(
+    masks: np.ndarray, components: np.ndarray, *, factor: int = 2, columns: int = 12, background: bool = True
+) -> np.ndarray:
     """Each component alone above its mask, framed in the object's colour; component 0 is the background.
 
     Args:
@@ -125,13 +132,14 @@ def component_grid(masks: np.ndarray, components: np.ndarray, *, factor: int = 2
         components: uint8 (k, h, w, c).
         factor: enlargement.
         columns: components per line.
+        background: component 0 is the background; otherwise it is an object like the others.
     """
-    frame_colours = [MUTED, *(_rgb(c) for c in colours(len(masks) - 1))]
+    frame_colours = [MUTED] * background + [_rgb(c) for c in colours(len(masks) - background)]
     grey = np.round(np.clip(np.nan_to_num(masks), 0, 1) * 255).astype(np.uint8)[..., None]
     cells = []
     for k, colour in enumerate(frame_colours):
         pair = np.concatenate([upscale(components[k], factor), upscale(grey[k], factor)], axis=0)
-        caption = "background" if k == 0 else str(k - 1)
+        caption = "background" if background and k == 0 else str(k - background)
         cells.append(_captioned(_framed(pair, colour, 2), caption))
     lines = [_row(cells[i : i + columns]) for i in range(0, len(cells), columns)]
     return _column(lines)
@@ -171,6 +179,25 @@ def strip(
         x = label_width + first_predicted * (width + gap) - 2
         draw.line([(x, 4), (x, picture.height)], PREDICTED, 2)
     return np.asarray(picture)
+
+
+def latent_walk(frames: np.ndarray, values: Sequence[float], names: Sequence[str], *, factor: int = 1) -> np.ndarray:
+    """What each latent dimension does: one row per dimension, one column per value that it is set to.
+
+    Args:
+        frames: uint8 (d, v, h, w, c), the decoded frame with dimension d at value v and the others kept.
+        values: above each of the v columns.
+        names: in front of each of the d rows; all different.
+        factor: enlargement.
+    """
+    if frames.ndim != 5 or frames.shape[:2] != (len(names), len(values)) or 0 in frames.shape:
+        raise ValueError(
+            f"a latent walk needs frames (d, v, h, w, c) with a name per d and a value per v, got {frames.shape}, "
+            f"{len(names)} names and {len(values)} values"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"a latent walk needs names that differ, got {list(names)}")
+    return strip(dict(zip(names, frames, strict=True)), [f"{value:.3g}" for value in values], factor=factor)
 
 
 def animation(

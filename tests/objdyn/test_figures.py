@@ -189,3 +189,22 @@ def test_what_is_not_a_number_is_not_drawn():
     assert nowhere.sum() == 0
     grid = figures.component_grid(np.full((1, 4, 4), np.nan), np.zeros((1, 4, 4, 3), np.uint8))
     assert grid.dtype == np.uint8
+
+
+def test_latent_walk_has_a_row_per_dimension_and_a_column_per_value():
+    levels = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * 20 + 10
+    frames = np.broadcast_to(levels, (2, 3, 8, 8, 3)).copy()
+    picture = figures.latent_walk(frames, [-2.5, 0.0, 2.5], ["slot 0, 3", "slot 0, 4"], factor=2)
+    centres = [np.argwhere((picture == level).all(axis=-1)).mean(axis=0) for level in levels.ravel()]
+    rows, columns = np.array(centres).reshape(2, 3, 2)[..., 0], np.array(centres).reshape(2, 3, 2)[..., 1]
+    assert (np.diff(rows, axis=0) >= 16).all()
+    assert (np.diff(columns, axis=1) >= 16).all()
+    assert np.ptp(rows, axis=1).max() == np.ptp(columns, axis=0).max() == 0
+
+
+def test_latent_walk_refuses_frames_without_a_name_or_value_and_names_twice():
+    frames = np.zeros((2, 3, 8, 8, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="2 names and 2 values"):
+        figures.latent_walk(frames, [0.0, 1.0], ["a", "b"])
+    with pytest.raises(ValueError, match="names that differ"):
+        figures.latent_walk(frames, [-1.0, 0.0, 1.0], ["a", "a"])
