@@ -5,20 +5,26 @@ refuses impossible values with a sentence and changes nothing.
 """
 
 import dataclasses
+import json
 import math
 import re
-from collections.abc import Mapping
+import shlex
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 
 from objdyn.models.ddlp import DDLPConfig
+from objdyn.models.iodine import IODINEConfig
+from objdyn.models.provide import PROVIDEConfig
 
 if TYPE_CHECKING:
     from objdyn.datasets.preprocessing import Preprocessing
 
-ModelConfig = DDLPConfig  # becomes a union when the second family lands; tyro offers its members as sub-commands
+ModelConfig = DDLPConfig | IODINEConfig | PROVIDEConfig
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,12 @@ class OptimConfig:
     """Factor on the learning rate every ``decay_steps`` optimiser steps; 1 keeps it constant."""
     decay_steps: int = 10_000
     """Optimiser steps between two decays (the papers decay per epoch; a preset converts)."""
+    warmup_steps: int = 0
+    """Optimiser steps at the beginning of the run over which the learning rate rises linearly from almost 0."""
+    anneal_steps: int = 0
+    """Optimiser steps at the end of the run over which the learning rate falls linearly; 0 never anneals."""
+    anneal_to: float = 0.05
+    """Factor on the learning rate that annealing ends with, in the run's last step."""
     clip_norm: float | None = None
     """Largest global gradient norm; None leaves gradients alone."""
     batch_size: int = 32
@@ -75,6 +87,11 @@ class OptimConfig:
             raise ValueError(f"optim.decay must be in (0, 1], got {self.decay}")
         if self.decay_steps < 1:
             raise ValueError(f"optim.decay_steps must be at least 1, got {self.decay_steps}")
+        for name in ("warmup_steps", "anneal_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} must be 0 (none) or more, got {getattr(self, name)}")
+        if not 0 <= self.anneal_to <= 1:
+            raise ValueError(f"optim.anneal_to is a factor in [0, 1], got {self.anneal_to}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"optim.clip_norm must be positive or None, got {self.clip_norm}")
         if self.batch_size < 1:
@@ -85,6 +102,123 @@ class OptimConfig:
             raise ValueError(
                 f"optim.micro_batch_size must divide optim.batch_size={self.batch_size}, got {self.micro_batch_size}"
             )
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int, factor: float = 1.0) -> float:
+    """Learning rate of the optimiser step that follows ``step`` completed ones of a run of ``steps``.
+
+    The decay, times (step + 1) / warmup_steps in the warm-up, times a line that falls over the last ``anneal_steps``
+    and is ``anneal_to`` in the very last step. ``factor`` is that of the parameters' group (``slow_factor``).
+    """
+    rate = optim.lr * factor * optim.decay ** (step // optim.decay_steps)
+    if step < optim.warmup_steps:
+        rate *= (step + 1) / optim.warmup_steps
+    after = steps - 1 - step
+    if after < optim.anneal_steps:
+        rate *= optim.anneal_to + (1 - optim.anneal_to) * after / optim.anneal_steps
+    return rate
+
+
+STAGE_FIELDS = (
+    "data", "clip_frames", "model.*", "optim.lr", "optim.betas", "optim.eps", "optim.slow_factor", "optim.decay",
+    "optim.decay_steps", "optim.clip_norm", "optim.batch_size", "optim.micro_batch_size",
+)  # fmt: skip
+"""Settings that a stage of a run may change; the others belong to the whole run."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run with settings of its own. A curriculum is a sequence of them."""
+
+    settings: Mapping[str, Any]
+    """Dotted fields of the run that differ from its own settings while the stage lasts."""
+    steps: int | None = None
+    """Most optimiser steps of the stage; None only in the last one, which takes what is left."""
+    patience: int | None = None
+    """The stage is over when its smoothed loss has not fallen by 1 % for so many steps: it stagnates."""
+    min_kl: float | None = None
+    """The stage is over when its smoothed loss term ``kl`` has fallen below this: the posterior collapses."""
+
+    @property
+    def has_trigger(self) -> bool:
+        """Whether the loss can end the stage before its steps are over."""
+        return self.patience is not None or self.min_kl is not None
+
+    @classmethod
+    def parse(cls, text: str, run: "TrainRun") -> "Stage":
+        """Read a stage from its words: ``"steps=1500 data=sim:balls-interaction optim.lr=3e-4 model.kl_weight=2"``.
+
+        Raises:
+            ValueError: a word is no NAME=VALUE, or names nothing that a stage has, or has a value of another type.
+        """
+        own: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
+        for word in shlex.split(text):
+            name = word.partition("=")[0]
+            if name == word:
+                raise ValueError(f"{word!r} is not of the form NAME=VALUE")
+            if name in own or name in settings:
+                raise ValueError(f"{name} is given twice")
+            if name in ("steps", "patience", "min_kl"):
+                own[name] = _parse_word(word, float if name == "min_kl" else int)
+                if not own[name] > 0:
+                    raise ValueError(f"{word}: it must be positive")
+            else:
+                settings[name] = _parse_word(word, _type_of(run, name))
+        return cls(settings, **own)
+
+
+def _type_of(run: Any, name: str) -> Any:
+    """The declared type of a run's field that a stage may change."""
+    *owners, last = name.split(".")
+    for owner in owners:
+        run = getattr(run, owner, None)
+    hints = typing.get_type_hints(type(run)) if dataclasses.is_dataclass(run) else {}
+    if last not in hints:
+        raise ValueError(f"{type(run).__name__} has no field {last!r} (in {name!r}); it has {', '.join(hints)}")
+    if name not in STAGE_FIELDS and not name.startswith("model."):
+        raise ValueError(f"{name} cannot change within a run; a stage takes steps, patience, min_kl, and of the run's "
+                         f"settings {', '.join(STAGE_FIELDS)}")  # fmt: skip
+    return hints[last]
+
+
+def _parse_word(word: str, hint: Any) -> Any:
+    """The value of NAME=VALUE as a type asks for it; lists are written as JSON or with commas."""
+    value = word.partition("=")[2]
+    try:
+        return _parse_value(value, hint)
+    except ValueError:
+        wanted = hint.__name__ if isinstance(hint, type) and get_args(hint) == () else str(hint)
+        raise ValueError(f"{word}: {value!r} is not of type {wanted.replace('typing.', '')}") from None
+
+
+def _parse_value(text: str, hint: Any) -> Any:
+    kinds = get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for kind in sorted(kinds, key=lambda kind: kind is str):  # a string is what nothing else could be
+            try:
+                return _parse_value(text, kind)
+            except ValueError:
+                pass
+    elif origin is Literal:
+        for value in kinds:
+            if text == str(value):
+                return value
+    elif origin is tuple:
+        items = json.loads(text) if text.startswith("[") else text.split(",") if text else []
+        texts = [item if isinstance(item, str) else json.dumps(item) for item in items]
+        inner = kinds[:1] * len(texts) if kinds[1:] == (Ellipsis,) else kinds
+        return tuple(_parse_value(item, kind) for item, kind in zip(texts, inner, strict=True))
+    elif hint is types.NoneType and text.lower() in ("none", "null"):
+        return None
+    elif hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    elif hint is int or hint is str:
+        return hint(text)
+    elif hint is float and math.isfinite(value := float(text)):
+        return value
+    raise ValueError(text)
 
 
 @dataclass(frozen=True)
@@ -116,7 +250,8 @@ class TrainRun:
     threads: int | None = None
     """Torch threads per worker on CPU; None shares the machine's cores among its workers."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs autocast, on a GPU only; KL terms stay in fp32."""
+    """bf16 runs the forward pass under autocast; likelihood and KL terms stay in fp32. On a CPU it pays where that
+    computes bf16 itself (AVX-512 BF16, AMX)."""
     log_every: int = 20
     """Optimiser steps between two lines of metrics."""
     eval_every: int = 500
@@ -127,6 +262,12 @@ class TrainRun:
     """Optimiser steps between two checkpoints; the last step always has one."""
     keep_last: int = 3
     """Newest checkpoints to keep; the best one by held-out reconstruction is kept beside them."""
+    stages: tuple[str, ...] = ()
+    """Curriculum: one string of words per stage, "steps=500 data=DIR clip_frames=4 optim.batch_size=32 model.X=Y", with
+    settings that replace this run's while the stage lasts. steps=N ends it; earlier patience=N (the smoothed loss has
+    not fallen by 1 % for N steps) or min_kl=X (the smoothed kl has fallen below X). The last stage takes the rest."""
+    init: str = ""
+    """Run folder or checkpoint whose weights a new run starts from; empty draws them."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "clip_frames", "workers", "log_every", "eval_clips", "checkpoint_every", "keep_last"):
@@ -138,19 +279,61 @@ class TrainRun:
             raise ValueError(f"threads must be at least 1 or None, got {self.threads}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
-        if self.precision == "bf16" and self.device == "cpu":
-            raise ValueError("precision=bf16 needs a GPU; leave it at fp32 for device=cpu")
         micro = self.optim.micro_batch_size or max(1, self.optim.batch_size // self.workers)
         if self.optim.batch_size % (micro * self.workers) != 0:
             raise ValueError(
                 f"workers={self.workers} times micro-batches of {micro} clips do not divide optim.batch_size="
                 f"{self.optim.batch_size}; choose a batch size or a number of workers that divides"
             )
+        self._check_stages()
 
     @property
     def micro_batch_size(self) -> int:
         """Clips per forward pass on one worker."""
         return self.optim.micro_batch_size or self.optim.batch_size // self.workers
+
+    @property
+    def parsed_stages(self) -> tuple[Stage, ...]:
+        """The stages; a run without any has one with its own settings."""
+        return tuple(Stage.parse(text, self) for text in self.stages) or (Stage({}),)
+
+    def stage(self, index: int) -> "TrainRun":
+        """The run as it is in stage ``index`` (from 0): its own settings with the stage's, and no stages.
+
+        Raises:
+            ValueError: the settings cannot go together.
+        """
+        return self._in_stage(self.parsed_stages[index])
+
+    def _in_stage(self, stage: Stage) -> "TrainRun":
+        return with_overrides(dataclasses.replace(self, stages=()), dict(stage.settings))
+
+    def _check_stages(self) -> None:
+        given: Any = self.stages
+        if not isinstance(given, tuple) or any(type(text) is not str for text in self.stages):
+            raise ValueError(f"stages must be a list of strings, one for each stage, got {self.stages!r}")
+        taken = 0
+        for number, text in enumerate(self.stages, start=1):
+            try:
+                stage = Stage.parse(text, self)
+                self._in_stage(stage)
+                if number < len(self.stages) and stage.steps is None:
+                    raise ValueError("steps= is missing: every stage but the last must say how many it may take")
+                if number == len(self.stages) and stage.has_trigger:
+                    raise ValueError("the last stage ends with the run; leave out patience= and min_kl=")
+            except ValueError as error:
+                raise ValueError(f"stage {number} ({text!r}): {error}") from error
+            if number == len(self.stages) and stage.steps not in (None, self.steps - taken):
+                raise ValueError(
+                    f"stage {number} ({text!r}): the run's steps={self.steps} leave {self.steps - taken} for the last "
+                    "stage; leave its steps= out"
+                )
+            taken += stage.steps or 0
+            if number < len(self.stages) and taken >= self.steps:
+                raise ValueError(
+                    f"stage {number} ({text!r}): the first {number} stages take {taken} steps, which leaves none of "
+                    f"the run's steps={self.steps} for the next; raise steps, or shorten the stages"
+                )
 
 
 @dataclass(frozen=True)
@@ -179,6 +362,19 @@ class ExtractRun:
     """Where to run; auto takes GPUs if the cluster has any."""
     which: Literal["last", "best"] = "last"
     """Which checkpoint of a run folder: the newest, or the best by held-out reconstruction."""
+    mask_summary: bool = False
+    """Add per object and frame: mask_area, the share of pixels that it wins, and mask_y, mask_x, their middle."""
+    masks: bool = False
+    """Add per object and frame its soft mask, uint8 (h, w); some kB a row before compression."""
+    components: bool = False
+    """Add per object and frame its own image, uint8 (h, w, c); three times the size of its mask."""
+    state: bool = False
+    """Add per object and frame the recurrent state, for families that carry one (provide)."""
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The optional columns that are asked for, by the names of their fields here."""
+        return tuple(name for name in ("mask_summary", "masks", "components", "state") if getattr(self, name))
 
     def __post_init__(self) -> None:
         if (self.context is None) != (self.horizon is None):
@@ -199,18 +395,25 @@ class EvaluateRun:
 
     checkpoint: str
     """Run folder, or one checkpoint inside it; local or s3://."""
-    data: str
-    """Dataset folder or s3:// URL, or ``sim:NAME``; its ``train`` split gives the constant background."""
-    out: str
+    data: str = ""
+    """Dataset folder or s3:// URL, or ``sim:NAME``; its ``train`` split gives the constant background. Only a protocol
+    finds its data itself."""
+    out: str = ""
     """Folder or s3:// URL that gets metrics.json and report.html; earlier ones there are replaced."""
     split: str = "test"
     """Split to evaluate."""
+    protocol: Literal["", "bouncing-balls"] = ""
+    """Print a paper's tables and write protocol.json instead: PROVIDE's on Bouncing Balls, on the simulator's videos
+    that the model was trained on, or on those of ``data``."""
+    set: tuple[str, ...] = ()
+    """Model settings to change at test time, as ``model.num_slots=9 model.num_refinements=8``; the weights must fit.
+    With a protocol, ``model.num_slots`` is that of the videos with more balls only."""
     context: int = 10
     """Frames of each clip that the model sees before it predicts."""
     horizon: int | None = None
     """Frames to predict; None takes what the clips hold after the context, at most 40; 0 only reconstructs."""
     limit: int | None = None
-    """Clips to evaluate, the first ones of the split; None takes all."""
+    """Clips to evaluate, the first ones of the split; None takes all, or 200 for a protocol."""
     batch_size: int = 8
     """Clips encoded together."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -224,6 +427,13 @@ class EvaluateRun:
     reconstruction), a third each."""
 
     def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError("out is missing; give a folder or s3:// URL for what is measured: --out DIR")
+        if not (self.data or self.protocol):
+            raise ValueError("data is missing; give a dataset folder, an s3:// URL or sim:NAME: --data DIR")
+        for word in self.set:
+            if not re.fullmatch(r"model\.\w+=.*", word):
+                raise ValueError(f"set changes settings of the model, written model.NAME=VALUE, got {word!r}")
         for name in ("context", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -281,11 +491,12 @@ class ShardRun:
     """One split of a dataset, made from videos: WebDataset tars, index.parquet, manifest.json, quarantine.parquet."""
 
     source: str
-    """Folder, file or s3:// URL of the videos, or ``sim:NAME``."""
+    """Folder, file or s3:// URL of the videos, or ``sim:NAME``, or ``sim:NAME:KEY=VALUE,KEY=VALUE``."""
     out: str
     """Dataset folder or s3:// URL; the split gets a folder inside it."""
-    layout: Literal["videos", "frames", "gswm-hdf5", "webdataset"] = "videos"
-    """What the source holds: video files, a folder of numbered images per video, G-SWM's HDF5, tars of video files."""
+    layout: Literal["videos", "frames", "gswm-hdf5", "rnem-hdf5", "webdataset"] = "videos"
+    """What the source holds: video files, a folder of numbered images per video, G-SWM's HDF5, R-NEM's HDF5,
+    tars of video files."""
     split: str = "train"
     """Name of the split; of a simulator, which of its splits."""
     frames: int = 20
@@ -296,6 +507,8 @@ class ShardRun:
     """Source frames from the start of one clip to the next; None is frames * stride: no overlap."""
     start: int = 0
     """First source frame of the first clip of a video."""
+    stop: int | None = None
+    """Source frame before which the last clip of a video ends, to split videos by time; None is the video's end."""
     crop: str = ""
     """x0,y0,x1,y1 in source pixels, x1 and y1 outside; empty keeps the whole frame."""
     fit: Literal["squeeze", "center-crop"] = "squeeze"
@@ -370,11 +583,39 @@ class ShardRun:
             stride=self.stride,
             hop=self.hop,
             start=self.start,
+            stop=self.stop,
             crop=corners,
             fit=self.fit,
             filter=self.filter,
             size=self.size,
         )
+
+
+@dataclass(frozen=True)
+class Hdf5Run:
+    """Simulated videos in one HDF5 file of R-NEM's layout, for programs that read that."""
+
+    source: str
+    """``sim:NAME`` or ``sim:NAME:KEY=VALUE,KEY=VALUE``."""
+    out: str
+    """File or s3:// URL to write; an earlier one is replaced."""
+    train: int = 50_000
+    """Videos in the group training; 0 leaves a group out. The defaults are the sizes of R-NEM's file."""
+    val: int = 10_000
+    """Videos in the group validation."""
+    test: int = 10_000
+    """Videos in the group test."""
+
+    def __post_init__(self) -> None:
+        if not self.source.startswith("sim:"):
+            raise ValueError(f"source must be a simulator sim:NAME, got {self.source!r}")
+        if not self.out.lower().endswith((".h5", ".hdf5")):
+            raise ValueError(f"out must name a file FILE.h5, got {self.out!r}")
+        for name in ("train", "val", "test"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not self.train + self.val + self.test:
+            raise ValueError("train, val and test are all 0; ask for videos of one of them")
 
 
 @dataclass(frozen=True)
@@ -426,7 +667,7 @@ class DoctorRun:
     """Dataset folder or s3:// URL that is to be trained on; empty skips that."""
     out: str = ""
     """Folder or s3:// URL that must be writable; empty takes the folder of runs, ~/objdyn/runs."""
-    layout: Literal["videos", "frames", "gswm-hdf5", "webdataset"] = "videos"
+    layout: Literal["videos", "frames", "gswm-hdf5", "rnem-hdf5", "webdataset"] = "videos"
     """What the source holds, as for make_shards.py."""
     frames: int = 20
     """Frames of a clip, for estimating the dataset that the source gives; their size is the preset's."""
@@ -447,7 +688,7 @@ class DoctorRun:
             raise ValueError(f"sample_seconds must be positive, got {self.sample_seconds}")
 
 
-BenchmarkPart = Literal["train", "rollout", "reader", "shard", "extract", "ray-train"]
+BenchmarkPart = Literal["train", "rollout", "reader", "shard", "extract", "ray-train", "reference"]
 BENCHMARK_PARTS: tuple[BenchmarkPart, ...] = get_args(BenchmarkPart)
 """What the benchmark can measure, in the order in which it does."""
 
@@ -463,7 +704,8 @@ class BenchmarkRun:
     out: str = ""
     """File or s3:// URL that gets the numbers as JSON; empty only prints them."""
     parts: tuple[BenchmarkPart, ...] = ()
-    """What to measure; none given measures everything."""
+    """What to measure; none given measures everything. ``reference``, the comparison with the authors' code in fixed
+    settings, is of iodine and provide alone."""
     pairs: int = 5
     """Alternating pairs of a stage and the same work bare, and repetitions of the rest; the median is reported."""
     steps: int = 3
@@ -491,14 +733,38 @@ def with_overrides(run: Any, overrides: dict[str, Any]) -> Any:
     Raises:
         ValueError: a name is not a field; the message lists the fields that exist there.
     """
+    changes: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
     for path, value in overrides.items():
         head, _, rest = path.partition(".")
         names = [f.name for f in dataclasses.fields(run)]
         if head not in names:
             raise ValueError(f"{type(run).__name__} has no field {head!r} (in {path!r}); it has {', '.join(names)}")
-        new = with_overrides(getattr(run, head), {rest: value}) if rest else value
-        run = dataclasses.replace(run, **{head: new})
-    return run
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            changes[head] = value
+    for head, inner in nested.items():
+        changes[head] = with_overrides(changes.get(head, getattr(run, head)), inner)
+    return dataclasses.replace(run, **changes)  # at once: a field may only be possible with the others
+
+
+def parse_model_settings(words: Sequence[str], config: Any) -> dict[str, Any]:
+    """Read ``model.NAME=VALUE`` as settings of a model's config: ``{"num_slots": 9}``.
+
+    Raises:
+        ValueError: a name is no field of the config or comes twice, or a value is of another type.
+    """
+    hints = typing.get_type_hints(cast(Any, type(config)))
+    settings: dict[str, Any] = {}
+    for word in words:
+        name = word.partition("=")[0].removeprefix("model.")
+        if name not in hints:
+            raise ValueError(f"{type(config).__name__} has no field {name!r} (in {word!r}); it has {', '.join(hints)}")
+        if name in settings:
+            raise ValueError(f"model.{name} is given twice")
+        settings[name] = _parse_word(word, hints[name])
+    return settings
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

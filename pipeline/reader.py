@@ -25,7 +25,7 @@ import numpy as np
 from torch import Tensor
 
 from objdyn.clips import Clip, collate, from_sample, stack_truth
-from objdyn.simulators import SIMULATORS, Episode, Simulator
+from objdyn.simulators import Episode, Simulator, simulator
 from pipeline import store
 from pipeline.config import LoaderConfig
 
@@ -350,10 +350,7 @@ def _hash(*parts: int | str) -> int:
 
 
 def _simulator(data: str) -> Simulator:
-    name = data.removeprefix("sim:")
-    if name not in SIMULATORS:
-        raise ValueError(f"unknown simulator {name!r}; choose one of {', '.join('sim:' + s for s in SIMULATORS)}")
-    return SIMULATORS[name]
+    return simulator(data.removeprefix("sim:"))
 
 
 class _SimSource:
@@ -364,7 +361,7 @@ class _SimSource:
         episodes = self._simulator.episodes_per_split
         if split not in episodes:
             raise ValueError(f"{data} has no split {split!r}; it has {', '.join(episodes)}")
-        self.id = f"{data}/{split}"
+        self.id = f"sim:{self._simulator.name}/{split}"
         self.split = split
         self.shard_sizes = tuple(
             min(SIM_SHARD, episodes[split] - first) for first in range(0, episodes[split], SIM_SHARD)

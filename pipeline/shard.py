@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from objdyn.clips import Clip, to_sample
 from objdyn.datasets import LAYOUTS, Cut, Fault, Found, Limits, Video, VideoError
-from objdyn.simulators import SIMULATORS
+from objdyn.simulators import Simulator, simulator
 from pipeline import failpoints, isolate, store
 from pipeline.config import ShardRun
 
@@ -171,9 +171,14 @@ def find_videos(run: ShardRun, source: str) -> tuple[str, Found]:
         ValueError: nothing of the layout is there.
     """
     if source.startswith("sim:"):
-        return "", Found(tuple(_episodes(run, source.removeprefix("sim:"))), 0)
+        return "", Found(tuple(_episodes(run)), 0)
+    splits = LAYOUTS[run.layout].splits
+    if splits and run.split not in splits:
+        raise ValueError(f"--layout {run.layout} has the splits {', '.join(splits)}, not {run.split!r}")
     root, listing = list_source(source)
     found = LAYOUTS[run.layout].find(listing)
+    if splits:
+        found = found._replace(videos=tuple(v for v in found.videos if v.source.endswith(f"/{splits[run.split]}")))
     if not found.videos:
         raise ValueError(
             f"--source {run.source} has no {LAYOUTS[run.layout].wants} among its {len(listing)} files; correct the "
@@ -512,17 +517,20 @@ def _quarantined(fault: Fault, stage: str) -> Quarantined:
     return Quarantined(fault.source, stage, fault.code, fault.message)
 
 
-def _episodes(run: ShardRun, name: str) -> Iterator[Video]:
-    if name not in SIMULATORS:
-        raise ValueError(f"--source sim:{name} is no simulator; there are {', '.join(f'sim:{n}' for n in SIMULATORS)}")
-    simulator = SIMULATORS[name]
+def _simulator(run: ShardRun) -> Simulator:
+    return simulator(run.source.removeprefix("sim:"), run.seed)
+
+
+def _episodes(run: ShardRun) -> Iterator[Video]:
+    simulator = _simulator(run)
+    where = f"sim:{simulator.name}"
     if run.split not in simulator.episodes_per_split:
-        raise ValueError(f"sim:{name} has the splits {', '.join(simulator.episodes_per_split)}, not {run.split!r}")
+        raise ValueError(f"{where} has the splits {', '.join(simulator.episodes_per_split)}, not {run.split!r}")
     if run.crop or (run.size, run.size) != (simulator.height, simulator.width):
-        raise ValueError(f"sim:{name} draws frames of {simulator.height}; give --size {simulator.height} and no --crop")
+        raise ValueError(f"{where} draws frames of {simulator.height}; give --size {simulator.height} and no --crop")
     for i in range(simulator.episodes_per_split[run.split])[: run.limit]:
         yield Video(
-            source=f"sim:{name}/{run.split}/{i}",
+            source=f"{where}/{run.split}/{i}",
             files=(),
             part=(i, 0),
             frames=simulator.num_frames,
@@ -533,8 +541,7 @@ def _episodes(run: ShardRun, name: str) -> Iterator[Video]:
 
 
 def _simulate(run: ShardRun, parts: Sequence[Planned]) -> Iterator[Clip]:
-    simulator = SIMULATORS[run.source.removeprefix("sim:")]
-    episodes = simulator.episodes(run.split, parts[0].video.part[0], len(parts), run.seed)
+    episodes = _simulator(run).episodes(run.split, parts[0].video.part[0], len(parts), run.seed)
     for part, episode in zip(parts, episodes, strict=True):
         for cut in part.cuts:
             clip = episode.clip(cut.start, run.preprocessing().span)
@@ -765,7 +772,7 @@ def _check_places(source: str, folder: str) -> None:
 def _settings(run: ShardRun, source: str) -> dict[str, Any]:
     """What of a run decides the bytes of a dataset."""
     preprocessing = run.preprocessing()
-    name = source.removeprefix("sim:").rsplit("/", 1)[-1]
+    name = _simulator(run).name if source.startswith("sim:") else source.rsplit("/", 1)[-1]
     return {
         "name": name,
         "split": run.split,
@@ -776,6 +783,7 @@ def _settings(run: ShardRun, source: str) -> dict[str, Any]:
             "stride": run.stride,
             "hop": preprocessing.hop or run.frames * run.stride,
             "start": run.start,
+            **({} if run.stop is None else {"stop": run.stop}),
             "crop": preprocessing.crop and list(preprocessing.crop),
             "fit": run.fit,
             "filter": run.filter,

@@ -5,11 +5,11 @@ lists them; ``probe`` decodes a video once to count its frames; ``read`` cuts cl
 cost; beyond them it is refused by a ``VideoError``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from objdyn.clips import NO_LIMITS, Clip, Limits, VideoError
-from objdyn.datasets import frames, gswm_hdf5, videos, webdataset
+from objdyn.datasets import frames, gswm_hdf5, rnem_hdf5, videos, webdataset
 from objdyn.datasets.preprocessing import Preprocessing
 from objdyn.datasets.sources import Cut, Fault, Found, Open, Video
 
@@ -52,6 +52,8 @@ class Layout(NamedTuple):
     read: Read
     wants: str
     """What ``find`` looks for, for messages."""
+    splits: Mapping[str, str] | None = None
+    """Where a file holds several splits: the last part of a container's name by split; None where all is one split."""
 
 
 LAYOUTS = {
@@ -61,6 +63,14 @@ LAYOUTS = {
     ),
     "gswm-hdf5": Layout(
         gswm_hdf5.find, gswm_hdf5.scan, gswm_hdf5.probe, gswm_hdf5.read, f"files {', '.join(gswm_hdf5.EXTENSIONS)}"
+    ),
+    "rnem-hdf5": Layout(
+        rnem_hdf5.find,
+        rnem_hdf5.scan,
+        rnem_hdf5.probe,
+        rnem_hdf5.read,
+        f"files {', '.join(gswm_hdf5.EXTENSIONS)}",
+        rnem_hdf5.SPLITS,
     ),
     "webdataset": Layout(webdataset.find, webdataset.scan, webdataset.probe, webdataset.read, "files .tar"),
 }

@@ -33,7 +33,7 @@ def scan(container: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Found
         with open_file(path) as raw, h5py.File(raw, "r") as file:
             episodes, frames, height, width, _ = _dataset(file, "imgs").shape
             for name in ("imgs", "positions"):
-                _check_stored(name, _dataset(file, name))
+                check_stored(name, _dataset(file, name))
             limits.check_frames(frames)
             limits.check_size(height, width)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -105,7 +105,7 @@ def _episode(video: Video, open_file: Open) -> tuple[np.ndarray, np.ndarray, np.
     return imgs, positions, present
 
 
-def _check_stored(name: str, dataset: h5py.Dataset) -> None:
+def check_stored(name: str, dataset: h5py.Dataset) -> None:
     """Raise VideoError where HDF5 would make up data that were never written: as many as the header likes to claim."""
     if dataset.chunks:
         shape = zip(dataset.shape, dataset.chunks, strict=True)

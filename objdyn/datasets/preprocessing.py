@@ -32,6 +32,8 @@ class Preprocessing:
     """Source frames from the start of one clip to the next; None is ``frames * stride``: no overlap."""
     start: int = 0
     """First source frame of the first clip."""
+    stop: int | None = None
+    """Source frame before which the last clip ends; None is the end of the video."""
     crop: tuple[int, int, int, int] | None = None
     """x0, y0, x1, y1 in source pixels, x1 and y1 outside; None keeps the frame."""
     fit: str = "squeeze"
@@ -50,6 +52,11 @@ class Preprocessing:
             raise ValueError("size must be at least 2, got 1")
         if self.start < 0:
             raise ValueError(f"start must be 0 or more, got {self.start}")
+        if self.stop is not None and self.stop < self.start + self.span:
+            raise ValueError(
+                f"a clip spans {self.span} frames, so from start={self.start} stop must be {self.start + self.span} "
+                f"or more, got {self.stop}"
+            )
         if self.fit not in FITS:
             raise ValueError(f"unknown fit {self.fit!r}; choose one of {', '.join(FITS)}")
         if self.filter not in FILTERS:
@@ -70,7 +77,8 @@ class Preprocessing:
 
     def starts(self, num_frames: int) -> range:
         """First frames of the clips that a video of ``num_frames`` holds; empty if it is too short for one."""
-        return range(self.start, num_frames - self.span + 1, self.hop or self.frames * self.stride)
+        end = num_frames if self.stop is None else min(num_frames, self.stop)
+        return range(self.start, end - self.span + 1, self.hop or self.frames * self.stride)
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Part of a frame that is kept: x0, y0, x1, y1 in its pixels.

@@ -463,6 +463,18 @@ def test_simulator_streams_without_files() -> None:
     assert torch.equal(batch.frames[0], torch.from_numpy(whole.frames[start : start + 3]).permute(0, 3, 1, 2))
 
 
+def test_options_of_a_simulator_are_part_of_its_identity() -> None:
+    source = open_source("sim:bouncing-balls:size=16,balls=2-3,colors=random4", "test")
+    name = "bouncing-balls:balls=2-3,size=16,colors=random4,frames=51,radius=rnem,seed=0"
+    assert source.id == f"sim:{name}/test"
+    assert (sum(source.shard_sizes), source.num_frames, source.height, source.width) == (10_000, 51, 16, 16)
+    clip = source.open_shard(199).clip(49, 3, 2, ("segmentation",))
+    assert (clip.key, clip.source) == ("test-009999", f"{source.id}/9999")
+    assert set(clip.truth) == {"segmentation"}
+    with pytest.raises(ValueError, match="no option 'balls:2'"):
+        open_source("sim:bouncing-balls:balls:2", "train")
+
+
 def test_simulator_needs_no_storage_libraries() -> None:
     code = (
         "import sys\n"

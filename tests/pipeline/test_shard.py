@@ -322,7 +322,7 @@ def test_real_data_balance(shared: Path, tmp_path: Path, capsys: pytest.CaptureF
             {"layout": "frames", "crop": "0,0,99,9"},
             r"gives no clip: folder \(bad-geometry: crop 0,0,99,9 leaves.*all are listed in .*/quarantine\.parquet",
         ),
-        ("sim:nothing", {}, "there are sim:balls-interaction"),
+        ("sim:nothing", {}, "choose one of sim:balls-interaction"),
         ("sim:balls-interaction", {"size": 32}, "give --size 64"),
         ("sim:balls-interaction", {"size": 64, "split": "night"}, "has the splits train, val, test"),
     ],

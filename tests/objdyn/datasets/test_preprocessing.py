@@ -23,6 +23,17 @@ def test_starts_are_the_clips_that_fit(
     assert all(preprocessing.indices(first)[-1] < length for first in expected)
 
 
+def test_a_time_split_shares_no_frame() -> None:
+    before = Preprocessing(4, stride=2, hop=3, stop=24)
+    after = Preprocessing(4, stride=2, hop=3, start=24)
+    assert [before.indices(first)[-1] for first in before.starts(100)] == list(range(6, 24, 3))
+    assert after.starts(100)[0] == 24
+    # A shorter video ends where it ends.
+    assert list(before.starts(10)) == [0, 3]
+    with pytest.raises(ValueError, match="a clip spans 7 frames, so from start=5 stop must be 12 or more, got 11"):
+        Preprocessing(4, stride=2, start=5, stop=11)
+
+
 def test_squeeze_keeps_all_and_center_crop_cuts_the_longer_side() -> None:
     image = np.zeros((4, 8, 3), np.uint8)
     image[:, 2:6] = 100

@@ -37,6 +37,24 @@ def test_clips_hold_the_frames_that_stride_and_hop_ask_for(
         assert np.abs(levels - 5 * np.array([start, start + 2, start + 4])).max() < 2.5
 
 
+def test_a_crop_of_one_time_range_as_for_grand_central_station(
+    tmp_path: Path, write_video: Callable[..., Path]
+) -> None:
+    frames = np.zeros((50, 48, 72, 3), np.uint8)
+    frames[:, 16:28, 24:36] = (5 * np.arange(50, dtype=np.uint8))[:, None, None, None]
+    write_video(tmp_path / "station.mp4", frames)
+    video = videos.probe(videos.find(["station.mp4"]).videos[0], opener(tmp_path))
+    seen = {}
+    for split, (first, stop) in {"train": (0, 40), "test": (40, None)}.items():
+        preprocessing = Preprocessing(5, start=first, stop=stop, crop=(24, 16, 36, 28), size=12)
+        cuts = [Cut(f"{split}-{start}", start) for start in preprocessing.starts(video.frames)]
+        clips = list(videos.read(video, opener(tmp_path), cuts, preprocessing))
+        assert all(clip.frames.shape == (5, 12, 12, 3) for clip in clips)
+        levels = np.concatenate([clip.frames[:, 2:-2, 2:-2].mean(axis=(1, 2, 3)) for clip in clips])
+        seen[split] = np.rint(levels / 5).astype(int).tolist()
+    assert seen == {"train": list(range(40)), "test": list(range(40, 50))}
+
+
 def test_a_cut_after_the_end_names_the_missing_frame(
     tmp_path: Path, write_video: Callable[..., Path], counting_frames: Callable[[int], np.ndarray]
 ) -> None:
