@@ -4,7 +4,8 @@ Adding a family: its file under ``models/``, one line in ``FAMILIES``, one ``deb
 covers it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from objdyn.interface import Scene, VideoModel
-from objdyn.models import ddlp
+from objdyn.models import ddlp, iodine, provide
 
 
 class Family(NamedTuple):
@@ -34,6 +35,11 @@ class Family(NamedTuple):
     """Fields of the latents, (b, t, k, ...), that describe objects."""
     frame_columns: tuple[str, ...]
     """Fields of the latents, (b, t, ...), that describe whole frames."""
+    warm_starts: Mapping[str, Callable[[Any, Any, Mapping[str, Tensor]], None]] = MappingProxyType({})
+    """Other families whose weights training may start from, by name: a function of a new model, the other model's
+    config and its state dict, which writes into the new model what the two have in common."""
+    state_columns: tuple[str, ...] = ()
+    """Fields of the latents, (b, t, k, ...), that are an object's recurrent state; tables have them on request."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -46,6 +52,28 @@ FAMILIES: dict[str, Family] = {
         tracked=True,
         object_columns=("position", "scale", "depth", "transparency", "features"),
         frame_columns=("background",),
+    ),
+    "iodine": Family(
+        config=iodine.IODINEConfig,
+        model=iodine.IODINE,
+        inputs=(),
+        verbs=("forward", "encode", "decode"),
+        causal=True,
+        tracked=False,
+        object_columns=("mean", "log_var"),
+        frame_columns=(),
+    ),
+    "provide": Family(
+        config=provide.PROVIDEConfig,
+        model=provide.PROVIDE,
+        inputs=(),
+        verbs=("forward", "encode", "rollout", "decode"),
+        causal=True,
+        tracked=True,
+        object_columns=("mean", "log_var"),
+        frame_columns=(),
+        warm_starts={"iodine": provide.start_from_iodine},
+        state_columns=("hidden", "cell"),
     ),
 }
 

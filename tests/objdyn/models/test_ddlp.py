@@ -11,7 +11,14 @@ from objdyn.layers.spatial import cut_glimpses
 from objdyn.models.ddlp import DDLP, PINT, DDLPConfig, DDLPLatents, PINTBlock, Stage, match_template
 from pipeline.presets import PRESETS
 
-DEBUG: DDLPConfig = PRESETS["ddlp"]["debug"].model
+
+def config(preset: str) -> DDLPConfig:
+    found = PRESETS["ddlp"][preset].model
+    assert isinstance(found, DDLPConfig)
+    return found
+
+
+DEBUG = config("debug")
 
 
 def build(seed: int = 0, **changes: Any) -> DDLP:
@@ -41,7 +48,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_module_sizes_equal_the_published_ones(preset: str) -> None:
     with torch.device("meta"):
-        model = DDLP(PRESETS["ddlp"][preset].model)
+        model = DDLP(config(preset))
     parts = (
         count(model),
         count(model.prior),
@@ -67,9 +74,9 @@ def test_weights_start_as_released_unless_asked_otherwise() -> None:
 
 
 def test_the_paper_and_the_released_balls_differ_where_stated() -> None:
-    paper, released = PRESETS["ddlp"]["balls"], PRESETS["ddlp"]["balls-released"]
-    assert (paper.model.num_particles, paper.model.max_frames) == (10, 20)
-    assert (released.model.num_particles, released.model.max_frames) == (6, 10)
+    paper, released = config("balls"), config("balls-released")
+    assert (paper.num_particles, paper.max_frames) == (10, 20)
+    assert (released.num_particles, released.max_frames) == (6, 10)
 
 
 @pytest.mark.parametrize(

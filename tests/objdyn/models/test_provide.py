@@ -1,0 +1,224 @@
+"""PROVIDE: its grid, its cell written out, its ablations, its start from an IODINE."""
+
+import dataclasses
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from objdyn.models.iodine import IODINE, IODINEConfig, State
+from objdyn.models.provide import PROVIDE, GridLSTMCell, Prior, PROVIDEConfig, light_cells, start_from_iodine
+
+SIZES: dict[str, Any] = {
+    "image_size": 8,
+    "num_slots": 3,
+    "slot_dim": 4,
+    "decoder_channels": (6, 6),
+    "refine_channels": (6, 6),
+    "refine_dim": 8,
+}
+TINY = PROVIDEConfig(**SIZES, num_refinements=3)
+SQUEEZENET_STEM = 25_632
+"""Parameters of the frozen network whose features the released code adds; never built here."""
+
+
+def build(seed: int = 0, **settings: Any) -> PROVIDE:
+    torch.manual_seed(seed)
+    return PROVIDE(dataclasses.replace(TINY, **settings)).eval()
+
+
+def video(b: int = 2, t: int = 4, seed: int = 0) -> Tensor:
+    return torch.rand(b, t, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_default_sizes_with_extra_features_have_the_parameters_of_the_released_code() -> None:
+    model = PROVIDE(PROVIDEConfig(extra_channels=128), extra_features=lambda frames: frames)
+    assert sum(p.numel() for p in model.parameters()) == 2_977_940 - SQUEEZENET_STEM
+
+
+@pytest.mark.parametrize(("r", "t"), [(5, 4), (2, 6), (3, 3), (6, 10), (1, 3)])
+def test_every_frame_has_its_column_of_the_triangular_grid(r: int, t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(num_refinements=r)
+    looked: list[bool] = []
+    look = model.refiner.look
+
+    def count(*arguments: Any, final: bool = False, **named: Any) -> Any:
+        looked.append(final)
+        return look(*arguments, final=final, **named)
+
+    monkeypatch.setattr(model.refiner, "look", count)
+    model(video(t=t))
+    wanted: list[bool] = []
+    for frame in range(1, t + 1):
+        wanted += [False] * max(r - frame, 1) + [True]
+    assert looked == wanted
+    if t >= r > 1:
+        assert len(looked) == r * (r + 1) // 2 - 1 + 2 * (t - r + 1)
+    if (r, t) == (5, 4):
+        assert len(looked) == 14
+
+
+def test_without_the_grid_every_frame_is_refined_alike() -> None:
+    config = dataclasses.replace(TINY, grid="full", num_refinements=5)
+    assert [light_cells(config, t) for t in range(4)] == [4, 4, 4, 4]
+
+
+def test_the_loss_counts_the_final_cell_of_each_frame_fully() -> None:
+    """Without KL, and with a decoder that shows nothing, every cell has the same loss: half of it, then all of it."""
+    model = build(num_refinements=1, kl_weight=0.0)
+    with torch.no_grad():
+        for parameter in model.refiner.decoder.parameters():
+            parameter.zero_()
+    loss = model(video(b=1, t=3))
+    assert float(loss.total.detach()) == pytest.approx(3 * 1.5 * 100 * float(loss.terms["recon"]), rel=1e-5)
+
+
+def test_the_2d_lstm_is_its_equations() -> None:
+    torch.manual_seed(0)
+    cell = GridLSTMCell(5, 2)
+    x, past, state = torch.randn(1, 1, 5), State(*torch.randn(2, 1, 1, 2)), State(*torch.randn(2, 1, 1, 2))
+    a = cell.from_input(x) + cell.from_past(past.hidden) + cell.from_state(state.hidden)
+    i, f, o, mix = (a[..., 2 * g : 2 * g + 2].sigmoid() for g in range(4))
+    c = f * (mix * past.cell + (1 - mix) * state.cell) + i * a[..., 8:].tanh()
+    found = cell(x, past, state)
+    torch.testing.assert_close(found.cell, c)
+    torch.testing.assert_close(found.hidden, o * c.tanh())
+
+
+def test_the_released_prior_never_has_a_standard_deviation_below_one() -> None:
+    torch.manual_seed(0)
+    state = 10 * torch.randn(4, 3, 8)
+    assert Prior(8, 4, "softplus_logvar")(state).log_var.min() >= 0
+    assert Prior(8, 4, "linear")(state).log_var.min() < 0
+
+
+def test_permuting_the_first_draw_permutes_the_slots_in_every_frame() -> None:
+    model, order = build(), [2, 0, 1]
+    first = torch.randn(2, 3, 4)
+    frames = video()
+
+    def encode(noise: Tensor) -> list[Tensor]:
+        past, found = model.refiner.rest(noise), []
+        for t in range(4):
+            scene = model.refiner.see(frames[:, t])
+            latents, past = model._infer(scene, past, noise, light_cells(model.config, t), None)
+            found.append(latents.slots)
+        return found
+
+    with torch.no_grad():
+        for a, b in zip(encode(first), encode(first[:, order]), strict=True):
+            torch.testing.assert_close(a[:, order], b, atol=1e-4, rtol=1e-4)
+
+
+def test_the_number_of_slots_may_change_after_training() -> None:
+    model, more = build(), build(num_slots=6)
+    more.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert more.rollout(more.encode(video()), 2).slots.shape == (2, 2, 6, 4)
+
+
+@pytest.mark.parametrize("refine_final_cell", [False, True])
+def test_recomputation_changes_no_loss_and_no_gradient(refine_final_cell: bool) -> None:
+    results = []
+    for recompute in (False, True):
+        model = build(recompute=recompute, refine_final_cell=refine_final_cell).train()
+        torch.manual_seed(1)
+        loss = model(video())
+        loss.total.backward()
+        results.append([loss.total.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert a is not None
+        assert b is not None
+        torch.testing.assert_close(a, b, atol=1e-3 * float(a.abs().max()), rtol=1e-3)
+
+
+class Kept:
+    """A tensor that autograd keeps for backward, for as long as it does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def kept_bytes(recompute: bool, frames: int) -> int:
+    torch.manual_seed(0)
+    model = PROVIDE(PROVIDEConfig(image_size=16, num_refinements=2, num_slots=2, recompute=recompute))
+    kept: list[weakref.ref[Kept]] = []
+
+    def pack(tensor: Tensor) -> Kept:
+        holder = Kept(tensor)
+        kept.append(weakref.ref(holder))
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        loss = model(torch.rand(1, frames, 3, 16, 16))
+    assert torch.isfinite(loss.total)
+    tensors = [holder.tensor for reference in kept if (holder := reference()) is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_memory_grows_evenly_with_frames_and_with_recomputation_by_at_most_a_third() -> None:
+    """Bytes that autograd keeps, with the published widths at 16 pixels."""
+    plain = [kept_bytes(recompute=False, frames=t) for t in (3, 4, 5)]
+    recomputed = [kept_bytes(recompute=True, frames=t) for t in (3, 4, 5)]
+    assert plain[2] - plain[1] == pytest.approx(plain[1] - plain[0], rel=0.01)
+    assert recomputed[2] - recomputed[1] <= (plain[2] - plain[1]) / 3
+
+
+@pytest.mark.parametrize("prediction", ["paper", "reference"])
+def test_a_prediction_needs_only_what_the_latents_hold(prediction: str) -> None:
+    model = build(prediction=prediction)
+    with torch.no_grad():
+        latents = model.encode(video())
+        last = type(latents)(*(field[:, -1:] for field in latents))
+        whole, part = model.rollout(latents, 3), model.rollout(last, 3)
+    for a, b in zip(whole, part, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_released_prediction_is_the_decode_of_the_first_draw() -> None:
+    model = build(prediction="reference", conditional_decoder="none")
+    with torch.no_grad():
+        latents = model.encode(video())
+        future = model.rollout(latents, 2)
+    start = model.refiner.start(latents.first_noise[:, -1]).sample(latents.first_noise[:, -1])
+    torch.testing.assert_close(future.slots[:, 0], start)
+    torch.testing.assert_close(future.slots[:, 1], start)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"grid": "full", "conditional_prior": False, "conditional_decoder": "none"},
+        {"conditional_prior": False, "conditional_decoder": "none"},
+        {"share_first_draw": False},
+        {"refine_final_cell": True, "cell_weights": "reference", "prior_head": "softplus_logvar"},
+    ],
+)
+def test_every_variant_trains_all_of_its_parameters(settings: dict[str, Any]) -> None:
+    model = build(**settings).train()
+    model(video()).total.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_a_start_from_iodine_infers_the_first_frame_as_iodine_does() -> None:
+    torch.manual_seed(0)
+    old = IODINE(IODINEConfig(**SIZES, num_refinements=3)).eval()
+    model = build(seed=1, conditional_decoder="residual", likelihood_weight=10.0, kl_weight=1.0)
+    start_from_iodine(model, old.config, old.state_dict())
+    dim = TINY.refine_dim
+    with torch.no_grad():
+        model.lstm.from_input.bias[3 * dim : 4 * dim] = -40.0  # the mixing gate shut: the refinement's cell alone
+        frame = video(t=1)
+        torch.testing.assert_close(model.encode(frame).slots, old.encode(frame).slots, atol=1e-4, rtol=1e-4)
+        scene, wanted = model.decode(model.encode(frame)), old.decode(old.encode(frame))
+    torch.testing.assert_close(scene.video, wanted.video, atol=1e-4, rtol=1e-4)
+
+
+def test_a_start_from_an_iodine_of_another_size_is_refused() -> None:
+    old = IODINE(IODINEConfig(**{**SIZES, "slot_dim": 5}))
+    with pytest.raises(ValueError, match=r"initial_mean is \(5,\) there and \(4,\) here"):
+        start_from_iodine(build(conditional_decoder="residual"), old.config, old.state_dict())
+    with pytest.raises(ValueError, match=r"set model\.conditional_decoder to"):
+        start_from_iodine(build(), old.config, old.state_dict())
