@@ -7,6 +7,7 @@
 alone says which checkpoint counts. So a run that is killed at any moment goes on from the checkpoint before.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -46,6 +47,20 @@ class Saved(NamedTuple):
     """What ``save_checkpoint`` was given, and ``schema``, ``step``, ``code``, ``optimizer``."""
 
 
+class Weights(NamedTuple):
+    """A checkpoint's weights as read, without a model."""
+
+    tensors: dict[str, Tensor]
+    family: str
+    config: Any
+    """Of the model when it was saved, which a curriculum changes during a run."""
+    model_id: str
+    """SHA-256 of ``model.safetensors``."""
+    path: str
+    """The checkpoint's folder."""
+    state: dict[str, Any]
+
+
 class Loaded(NamedTuple):
     """A model rebuilt from a checkpoint alone."""
 
@@ -57,7 +72,7 @@ class Loaded(NamedTuple):
     model_id: str
     """SHA-256 of ``model.safetensors``."""
     run: dict[str, Any]
-    """The run that trained it, as JSON."""
+    """The run that trained it, as JSON; its model settings are those before any stage of a curriculum."""
     code: dict[str, Any]
     """``code_revision`` of the training."""
     dataset_id: str | None
@@ -76,8 +91,8 @@ def save_checkpoint(
 ) -> str:
     """Save a training state as the run's last checkpoint; return the checkpoint's folder.
 
-    ``state`` holds ``family``, the config's fields as ``model`` or as ``run["model"]``, and whatever the loop wants
-    back. The newest ``keep_last`` checkpoints stay, and the best one: this one if ``best``, else the best so far.
+    ``state`` holds ``family``, the config's fields as ``model`` (or else as ``run["model"]``), and whatever the loop
+    wants back. The newest ``keep_last`` checkpoints stay, and the best one: this one if ``best``, else the best so far.
 
     Raises:
         ValueError: ``state`` or the optimiser's state has no exact form on disk.
@@ -176,14 +191,75 @@ def restore(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         index, _, field = name.partition("/")
         if tensor.ndim and tensor.shape != parameters[int(index)].shape:
             raise ValueError(f"{saved.path}: {field} of parameter {index} has shape {tuple(tensor.shape)}")
-        if tensor.ndim:  # laid out as its parameter, which may be channels-last: fused Adam walks both in memory order
-            tensor = torch.empty_like(parameters[int(index)], dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(int(index), {})[field] = tensor
+        state.setdefault(int(index), {})[field] = _laid_out(tensor, parameters[int(index)])
     for group, wanted in zip(current["param_groups"], groups, strict=True):
         for name, value in wanted.items():
             if name != "params":
                 group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
     optimizer.load_state_dict({"state": dict(sorted(state.items())), "param_groups": current["param_groups"]})
+
+
+def carry_over(
+    model: nn.Module, optimizer: torch.optim.Optimizer, new_model: nn.Module, new_optimizer: torch.optim.Optimizer
+) -> None:
+    """Give a model of other settings the weights of the one before it, and its optimiser the averages.
+
+    The settings of the new optimiser's groups stay. Both must have the same parameters.
+
+    Raises:
+        ValueError: they have not.
+    """
+    _load_weights(new_model, model.state_dict(), "the stage before")
+    whole = optimizer.state_dict()
+    parameters = [parameter for group in new_optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {name: _laid_out(tensor, parameters[index]) for name, tensor in fields.items()}
+        for index, fields in whole["state"].items()
+    }
+    new_optimizer.load_state_dict({"state": state, "param_groups": new_optimizer.state_dict()["param_groups"]})
+
+
+def load_weights(path: str, *, which: Literal["last", "best"] = "last") -> Weights:
+    """Read the weights of a run folder or of one checkpoint's folder, with the config that they are of.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    folder = _checkpoint_folder(path, which)
+    files = _read_files(folder, (_MODEL, _STATE))
+    state = _parse_state(folder, files[_STATE])
+    family = state.get("family")
+    if family not in FAMILIES:
+        raise ValueError(f"{folder} is of family {family!r}; this version knows {', '.join(FAMILIES)}")
+    fields = state["model"] if "model" in state else state.get("run", {}).get("model")
+    return Weights(
+        tensors=_parse_tensors(folder, _MODEL, files[_MODEL]),
+        family=family,
+        config=config_from_json(FAMILIES[family].config, fields),
+        model_id=hashlib.sha256(files[_MODEL]).hexdigest(),
+        path=folder,
+        state=state,
+    )
+
+
+def start_from(weights: Weights, model: nn.Module, family: str) -> None:
+    """Put the weights of another run into a new model, of the same family or of one that its family can start from.
+
+    Raises:
+        ValueError: they do not fit, are not finite, or are of a family that this one cannot start from.
+    """
+    if names := sorted(name for name, tensor in weights.tensors.items() if not torch.isfinite(tensor).all()):
+        raise ValueError(f"weights of {weights.path} are NaN or infinite, the first {names[0]}; start from another run")
+    if weights.family == family:
+        _load_weights(model, weights.tensors, weights.path)
+        return
+    known = FAMILIES[family].warm_starts
+    if weights.family not in known:
+        raise ValueError(
+            f"{weights.path} is of family {weights.family}; {family} can start from weights of {family}"
+            + "".join(f" or {name}" for name in known)
+        )
+    known[weights.family](model, weights.config, weights.tensors)
 
 
 def load_model(
@@ -200,28 +276,47 @@ def load_model(
     Raises:
         ValueError: there is no such checkpoint, it is damaged, or the overrides do not fit its weights.
     """
-    folder = _checkpoint_folder(path, which)
-    files = _read_files(folder, (_MODEL, _STATE))
-    state = _parse_state(folder, files[_STATE])
-    family = state.get("family")
-    if family not in FAMILIES:
-        raise ValueError(f"{folder} is of family {family!r}; this version knows {', '.join(FAMILIES)}")
-    fields = state["model"] if "model" in state else state.get("run", {}).get("model")
-    config = config_from_json(FAMILIES[family].config, fields)
-    config = with_overrides(config, {name.removeprefix("model."): value for name, value in (overrides or {}).items()})
+    weights = load_weights(path, which=which)
+    replaced = {name.removeprefix("model."): value for name, value in (overrides or {}).items()}
+    config = with_overrides(weights.config, replaced)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn and overwritten; the caller's draws stay
         model = build(config)
-    _load_weights(model, _parse_tensors(folder, _MODEL, files[_MODEL]), folder)
+    if replaced and (problem := _misfit(weights, model, replaced)):
+        raise ValueError(problem)
+    _load_weights(model, weights.tensors, weights.path)
     return Loaded(
         model=model.to(device).eval(),
-        family=family,
+        family=weights.family,
         config=config,
-        step=state["step"],
-        model_id=hashlib.sha256(files[_MODEL]).hexdigest(),
-        run=state.get("run", {}),
-        code=state.get("code", {}),
-        dataset_id=state.get("dataset_id"),
+        step=weights.state["step"],
+        model_id=weights.model_id,
+        run=weights.state.get("run", {}),
+        code=weights.state.get("code", {}),
+        dataset_id=weights.state.get("dataset_id"),
     )
+
+
+def _misfit(weights: Weights, model: nn.Module, replaced: Mapping[str, Any]) -> str:
+    """Say which replaced setting gives which parameter another shape than the stored one; empty where none does."""
+    if not _reshaped(weights, model):
+        return ""
+    blamed = []
+    for name, value in replaced.items():
+        with contextlib.suppress(ValueError), torch.random.fork_rng(devices=[]):  # not every setting can stand alone
+            if found := _reshaped(weights, build(with_overrides(weights.config, {name: value}))):
+                blamed.append(f"model.{name}={value} makes {found}")
+    why = "; ".join(blamed) or _reshaped(weights, model)
+    return f"the weights of {weights.path} do not fit this config of {type(model).__name__}: {why}"
+
+
+def _reshaped(weights: Weights, model: nn.Module) -> str:
+    """The first parameter whose shape is not the stored one."""
+    stored, own = weights.tensors, model.state_dict()
+    for name in [*own, *stored]:
+        wanted, got = (tuple(tensors[name].shape) if name in tensors else "none" for tensors in (own, stored))
+        if wanted != got:
+            return f"{name} {wanted}, stored is {got}"
+    return ""
 
 
 def config_to_json(config: Any) -> dict[str, Any]:
@@ -338,6 +433,11 @@ def _require_finite(
             f"at step {step} {bad} of {tensor.numel()} values of {name} are NaN or infinite; no checkpoint was "
             "written, the one before stays the last; start again with a lower optim.lr or with optim.clip_norm"
         )
+
+
+def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """State of the optimiser as its parameter lies, which may be channels-last: fused Adam walks both in that order."""
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor) if tensor.ndim else tensor
 
 
 def _load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:

@@ -7,15 +7,18 @@ folder is the only truth: whoever starts the loop on it goes on from ``last.json
 
 What makes a resumed run bit-identical on a CPU: the order of samples and the windows inside clips follow from (seed,
 position), torch is seeded before every micro-batch from the same, the optimiser's state is stored exactly, and no
-other random state lives longer than one micro-batch.
+other random state lives longer than one micro-batch. Whether a stage of a curriculum is over is told from numbers that
+``state.json`` holds, so a run killed at the end of a stage goes on with the next.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -28,8 +31,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from objdyn import clips, families
+from objdyn.metrics import segmentation
 from pipeline import checkpoint, failpoints, store
-from pipeline.config import TrainRun, flatten_settings, torch_device, with_overrides
+from pipeline.config import Stage, TrainRun, flatten_settings, learning_rate, torch_device, with_overrides
 from pipeline.presets import PRESETS
 from pipeline.reader import MicroBatch, Source, TrainingReader, has_split, iter_clips, open_source
 
@@ -41,6 +45,10 @@ PUBLISH_SECONDS = 30.0
 """How often metrics are published where they cannot be appended."""
 EVAL_HORIZON = 10
 """Predicted frames of the held-out evaluation during training, if the clips are long enough."""
+SMOOTHING_STEPS = 50
+"""Steps over which the loss of a stage is smoothed before it is judged; ``patience`` if that is less."""
+STAGNATION = 0.01
+"""Share of itself by which the smoothed loss must fall within ``patience`` steps."""
 MAX_ERROR = 1e-10
 """Smallest mean squared error in a PSNR: a perfect frame counts as 100 dB."""
 
@@ -66,23 +74,27 @@ class Worker:
 def open_run(run: TrainRun) -> TrainRun:
     """Create the run folder with its ``config.json``, or check that the run in it may be continued.
 
-    One clip of each split goes through the model first, so that data, model and run are known to fit before a folder
-    is made or a worker started.
+    One clip of each split goes through the model of each stage first, so that data, model and run are known to fit
+    before a folder is made or a worker started.
 
     Returns:
         The run with every path resolved.
 
     Raises:
         ValueError: the data do not fit; or the folder holds a run and ``resume`` was not asked for, or holds none and
-            it was; or the stored run has other settings; or the folder is not empty and not a run.
+            it was; or the stored run has other settings; or the folder is not empty and not a run; or the weights to
+            start from do not fit.
     """
     if run.resume and not run.out:
         raise ValueError("--resume needs --out, the folder of the run to continue")
-    run = dataclasses.replace(run, data=store.resolve(run.data, "--data"))
+    run = dataclasses.replace(run, data=store.resolve(run.data, "--data"), stages=_resolve_stages(run))
+    if run.init:
+        run = dataclasses.replace(run, init=store.resolve(run.init, "--init"))
     if not run.out:
-        _try_one_clip(run)
+        run, stored = _try(run)
         run = dataclasses.replace(run, out=_next_free_folder(families.family_of(run.model)))
-        store.publish_json(store.join(run.out, "config.json"), _stored(run))
+        stored["run"]["out"] = run.out
+        store.publish_json(store.join(run.out, "config.json"), stored)
         return run
     out = store.resolve(run.out, "--out")
     run = dataclasses.replace(run, out=out)
@@ -93,14 +105,19 @@ def open_run(run: TrainRun) -> TrainRun:
         # A run that was killed before it had a config.json leaves nothing that counts.
         if names := [name for name in store.list_names(out) if not store.is_temporary(name)]:
             raise ValueError(f"{out} is not empty (it holds {names[0]}) and holds no run; choose another --out")
-        _try_one_clip(run)
-        store.publish_json(path, _stored(run))
+        run, stored = _try(run)
+        store.publish_json(path, stored)
         return run
     if not store.exists(path):
         raise ValueError(f"{out} holds no run (no config.json), so there is nothing to resume; leave out --resume")
-    if difference := _difference(store.read_json(path), _stored(run)):
+    before = store.read_json(path)
+    if (start := before.get("init")) and run.init and f"{start['checkpoint']}/".startswith(f"{run.init}/"):
+        run = dataclasses.replace(run, init=start["checkpoint"])  # of the run folder given, wherever that is by now
+    stored = _stored(run, start)
+    if difference := _difference(before, stored):
         raise ValueError(f"{out} was started with other settings: {difference}; repeat them, or choose another --out")
-    store.publish_json(path, _stored(run))  # steps and intervals may grow
+    _refuse_other_annealing(run, before["run"]["steps"])
+    store.publish_json(path, stored)  # steps and intervals may grow
     return run
 
 
@@ -118,127 +135,265 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
     device = worker.device or torch_device(run.device, run.workers)
     if device.type == "cpu":
         torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // worker.local_world))
-        if run.precision == "bf16":
-            raise ValueError("precision=bf16 needs a GPU and none was found; use --precision fp32")
-    family = families.FAMILIES[families.family_of(run.model)]
-    source = open_source(run.data, "train", loader=run.loader)
-    held_out = open_source(run.data, "val", loader=run.loader) if has_split(run.data, "val") else None
+    training = _Training(run, worker, device)
+    if training.step >= run.steps:
+        return training.path
+    log = MetricsLog(run.out, training.step) if worker.rank == 0 else None
+    with log or contextlib.nullcontext():
+        if run.stages and training.step == 0:
+            training.tell_stage(log, "start")
+        while training.step < run.steps:
+            if reason := training.stage_is_over():
+                training.begin_next_stage()
+                training.tell_stage(log, reason)
+            training.train_stage(log)
+    return training.path
 
-    torch.manual_seed(run.seed)
-    model = families.build(run.model).to(device)
-    factors, groups = _parameter_groups(model, run)
-    optimizer = torch.optim.Adam(groups, lr=run.optim.lr, betas=run.optim.betas, eps=run.optim.eps, fused=True)
-    step = position = 0
-    best: float | None = None
-    if (saved := checkpoint.load_last(run.out)) is not None:
-        if saved.state["dataset_id"] != source.id:
+
+@dataclass
+class StageClock:
+    """Where a run stands in a stage, and whether that is over: a function of losses that are the same on every worker.
+
+    The fields are in ``state.json``, so that a resumed run decides as it would have.
+    """
+
+    number: int = 1
+    """The stage, from 1."""
+    begin: int = 0
+    """Optimiser steps before it."""
+    loss: float | None = None
+    """Smoothed: the mean of the first ``SMOOTHING_STEPS``, from then on a moving average of the same weight."""
+    kl: float | None = None
+    """The same of the loss term ``kl``."""
+    lowest: float | None = None
+    """The smoothed loss when it had last fallen by ``STAGNATION``; None while there is none."""
+    fell_at: int = 0
+    """The step of that."""
+    kl_rose: bool = False
+    """Whether the smoothed ``kl`` has been at ``min_kl`` or above: an untrained posterior has not collapsed."""
+
+    def add(self, stage: Stage, step: int, loss: float, kl: float | None) -> None:
+        """Take in the loss of the step that made ``step`` completed ones."""
+        window = min(SMOOTHING_STEPS, stage.patience or SMOOTHING_STEPS)
+        count = step - self.begin
+        weight = 1 / min(count, window)
+        self.loss = loss if self.loss is None else self.loss + weight * (loss - self.loss)
+        if kl is not None:
+            self.kl = kl if self.kl is None else self.kl + weight * (kl - self.kl)
+        if count < window:
+            return
+        if self.lowest is None or self.loss < self.lowest - STAGNATION * abs(self.lowest):
+            self.lowest, self.fell_at = self.loss, step
+        if stage.min_kl is not None and self.kl is not None and self.kl >= stage.min_kl:
+            self.kl_rose = True
+
+    def reason(self, stage: Stage, step: int) -> str | None:
+        """Why the stage is over after ``step`` completed optimiser steps: "steps", "collapsed", "stagnated" or None."""
+        if stage.steps is not None and step - self.begin >= stage.steps:
+            return "steps"
+        if stage.min_kl is not None and self.kl is not None and self.kl_rose and self.kl < stage.min_kl:
+            return "collapsed"
+        if stage.patience is not None and self.lowest is not None and step - self.fell_at >= stage.patience:
+            return "stagnated"
+        return None
+
+
+class _Training:
+    """One worker's side of a run: where it stands, and what its steps change.
+
+    Raises:
+        ValueError: as ``train``.
+    """
+
+    def __init__(self, run: TrainRun, worker: Worker, device: torch.device) -> None:
+        self.run, self.worker, self.device = run, worker, device
+        self.step = self.position = self.skipped = 0
+        self.best: float | None = None
+        self.path = ""
+        self.start: dict[str, Any] | None = None
+        self.clock = StageClock()
+        saved = checkpoint.load_last(run.out)
+        if saved is not None:
+            self.clock = StageClock(**saved.state.get("stage", {}))
+        self._open_stage()
+        if saved is not None and saved.state["dataset_id"] != self.source.id:
             raise ValueError(
-                f"{run.out} was trained on dataset {saved.state['dataset_id']}, but {run.data} is {source.id}; "
-                "give the same data, or choose another --out"
+                f"{run.out} was trained on dataset {saved.state['dataset_id']}, but {self.part.data} is "
+                f"{self.source.id}; give the same data, or choose another --out"
             )
-        checkpoint.restore(saved, model, optimizer)
-        step, position, best = saved.step, saved.state["position"], saved.state["best"]
-        if worker.rank == 0:
-            checkpoint.retire(run.out, keep_last=run.keep_last)  # which the run may have been killed before or in
-    if step >= run.steps:
-        return saved.path if saved else ""
+        torch.manual_seed(run.seed)
+        self._build()
+        if saved is not None:
+            checkpoint.restore(saved, self.model, self.optimizer)
+            self.step, self.path = saved.step, saved.path
+            self.position, self.best = saved.state["position"], saved.state["best"]
+            self.start = saved.state.get("init")
+            if worker.rank == 0:
+                checkpoint.retire(run.out, keep_last=run.keep_last)  # which the run may have been killed before or in
+        elif run.init:
+            self.start = _start_from(run, self.model)
 
-    reader = TrainingReader(
-        source,
-        clip_frames=run.clip_frames,
-        batch_size=run.optim.batch_size,
-        micro_batch_size=run.micro_batch_size,
-        seed=run.seed,
-        loader=run.loader,
-        inputs=family.inputs,
-        rank=worker.rank,
-        world=worker.world,
-    )
-    wrapped = worker.wrap(model)
-    log = MetricsLog(run.out, step) if worker.rank == 0 else None
-    accumulate = run.optim.batch_size // (run.micro_batch_size * worker.world)
-    window = _Window()
-    skipped = 0
-    path = ""
-    with contextlib.closing(reader.micro_batches(position)) as batches, log or contextlib.nullcontext():
-        while step < run.steps:
+    def stage_is_over(self) -> str | None:
+        """Why the next stage must begin; None while it must not."""
+        return self.clock.reason(self.stage, self.step) if self.clock.number < len(self.run.stages) else None
+
+    def begin_next_stage(self) -> None:
+        """Go to the next stage: its data from the beginning, its model with these weights, Adam with its averages."""
+        model, optimizer = self.model, self.optimizer
+        self.clock = StageClock(self.clock.number + 1, begin=self.step, fell_at=self.step)
+        self.position, self.best = 0, None
+        self._open_stage()
+        with torch.random.fork_rng(devices=[]):
+            self._build()
+        checkpoint.carry_over(model, optimizer, self.model, self.optimizer)
+
+    def tell_stage(self, log: "MetricsLog | None", reason: str) -> None:
+        """Log the stage that begins, and why the one before it ended.
+
+        Under the first step of the stage: the last step of the one before may be saved, and its lines then stay.
+        """
+        settings = {name: list(v) if isinstance(v, tuple) else v for name, v in self.stage.settings.items()}
+        line = {"kind": "stage", "step": self.step + 1, "stage": self.clock.number, "reason": reason}
+        _emit(log, self.worker, {**line, "settings": settings})
+
+    def train_stage(self, log: "MetricsLog | None") -> None:
+        """Train until the stage or the run is over."""
+        run, worker, model, optimizer = self.part, self.worker, self.model, self.optimizer
+        reader = TrainingReader(
+            self.source,
+            clip_frames=run.clip_frames,
+            batch_size=run.optim.batch_size,
+            micro_batch_size=run.micro_batch_size,
+            seed=_stage_seed(run.seed, self.clock.number),
+            loader=run.loader,
+            inputs=self.family.inputs,
+            rank=worker.rank,
+            world=worker.world,
+        )
+        wrapped = worker.wrap(model)
+        accumulate = run.optim.batch_size // (run.micro_batch_size * worker.world)
+        window = _Window()
+        over = False
+        with contextlib.closing(reader.micro_batches(self.position)) as batches:
+            while self.step < run.steps and not over:
+                families.set_step(model, self.step)
+                model.train()
+                optimizer.zero_grad()
+                keys: list[str] = []
+                terms: dict[str, Tensor] = {}
+                for index in range(accumulate):
+                    batch = next(batches)
+                    keys += batch.keys
+                    with _no_sync(wrapped, index < accumulate - 1):
+                        loss = _loss(wrapped, batch, run, self.device)
+                        (loss.total / accumulate).backward()
+                    for name, value in {"loss": loss.total.detach(), **loss.terms}.items():
+                        terms[name] = terms.get(name, torch.zeros_like(value)) + value / accumulate
+                self.position += run.optim.batch_size
+
+                norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+                if not _on_all_workers(torch.isfinite(terms["loss"]) & torch.isfinite(norm), worker.world):
+                    self._skip(log, keys, terms)
+                    continue
+                self.skipped = 0
+                window.add(terms)
+                if run.optim.clip_norm is not None:
+                    nn.utils.clip_grads_with_norm_(model.parameters(), run.optim.clip_norm, norm)
+                for group, factor in zip(optimizer.param_groups, self.factors, strict=True):
+                    group["lr"] = learning_rate(run.optim, self.step, run.steps, factor)
+                optimizer.step()
+                self.step += 1
+                self._watch(terms)
+                over = self.stage_is_over() is not None
+                if self._log_and_save(log, window, over):
+                    window = _Window()
+
+    def _open_stage(self) -> None:
+        self.stage = self.run.parsed_stages[self.clock.number - 1]
+        run = self.part = self.run.stage(self.clock.number - 1)
+        self.family = families.FAMILIES[families.family_of(run.model)]
+        self.source = open_source(run.data, "train", loader=run.loader)
+        self.held_out = open_source(run.data, "val", loader=run.loader) if has_split(run.data, "val") else None
+
+    def _build(self) -> None:
+        optim = self.part.optim
+        self.model = families.build(self.part.model).to(self.device)
+        self.factors, groups = _parameter_groups(self.model, self.part)
+        self.optimizer = torch.optim.Adam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+    def _skip(self, log: "MetricsLog | None", keys: list[str], terms: Mapping[str, Tensor]) -> None:
+        self.skipped += 1
+        keys, names = _not_finite(keys, terms, self.model, self.worker.world)
+        # The step that was tried, not the one before: that one may be saved, and its lines then stay.
+        tried = self.step + 1
+        _emit(log, self.worker, {"kind": "skipped", "step": tried, "not_finite": names, "clips": keys})
+        if self.skipped == MAX_SKIPPED:
+            raise FloatingPointError(
+                f"{_listed(names)} not finite {MAX_SKIPPED} steps in a row, last in step {tried} on clips "
+                f"{_listed(keys)}; start again with a lower optim.lr or with optim.clip_norm"
+            )
+
+    def _watch(self, terms: Mapping[str, Tensor]) -> None:
+        """Feed the stage's clock, if the loss can end the stage, with the means over all workers."""
+        if not self.stage.has_trigger:
+            return
+        watched = [terms[name].float() for name in ("loss", "kl") if name in terms]
+        loss, *kl = (_sum_over_workers(torch.stack(watched), self.worker.world) / self.worker.world).tolist()
+        self.clock.add(self.stage, self.step, loss, kl[0] if kl else None)
+
+    def _log_and_save(self, log: "MetricsLog | None", window: "_Window", over: bool) -> bool:
+        """Do what is due after a step: a line of metrics, an evaluation, a checkpoint. Whether the window was told."""
+        run, worker, step, model = self.part, self.worker, self.step, self.model
+        last = step == run.steps
+        save = step % run.checkpoint_every == 0 or last
+        # a run that goes on from a checkpoint, or with another stage, begins with an empty window
+        told = step % run.log_every == 0 or save or over
+        if told:
+            line = {
+                "kind": "train",
+                "step": step,
+                "steps": run.steps,
+                **window.mean(worker.world),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "steps_per_second": window.rate,
+                "skipped": log.skipped if log is not None else 0,
+            }
+            _emit(log, worker, line)
+        improved = False
+        if self.held_out is not None and run.eval_every and (step % run.eval_every == 0 or last):
             families.set_step(model, step)
-            model.train()
-            optimizer.zero_grad()
-            keys: list[str] = []
-            terms: dict[str, Tensor] = {}
-            for index in range(accumulate):
-                batch = next(batches)
-                keys += batch.keys
-                with _no_sync(wrapped, index < accumulate - 1):
-                    loss = _loss(wrapped, batch, run, device)
-                    (loss.total / accumulate).backward()
-                for name, value in {"loss": loss.total.detach(), **loss.terms}.items():
-                    terms[name] = terms.get(name, torch.zeros_like(value)) + value / accumulate
-            position += run.optim.batch_size
-
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            if not _on_all_workers(torch.isfinite(terms["loss"]) & torch.isfinite(norm), worker.world):
-                skipped += 1
-                keys, names = _not_finite(keys, terms, model, worker.world)
-                # The step that was tried, not the one before: that one may be saved, and its lines then stay.
-                _emit(log, worker, {"kind": "skipped", "step": step + 1, "not_finite": names, "clips": keys})
-                if skipped == MAX_SKIPPED:
-                    raise FloatingPointError(
-                        f"{_listed(names)} not finite {MAX_SKIPPED} steps in a row, last in step {step + 1} on clips "
-                        f"{_listed(keys)}; start again with a lower optim.lr or with optim.clip_norm"
-                    )
-                continue
-            skipped = 0
-            window.add(terms)
-            if run.optim.clip_norm is not None:
-                nn.utils.clip_grads_with_norm_(model.parameters(), run.optim.clip_norm, norm)
-            for group, factor in zip(optimizer.param_groups, factors, strict=True):
-                group["lr"] = run.optim.lr * factor * run.optim.decay ** (step // run.optim.decay_steps)
-            optimizer.step()
-            step += 1
-
-            last = step == run.steps
-            save = step % run.checkpoint_every == 0 or last
-            if step % run.log_every == 0 or save:  # a run that goes on from a checkpoint begins with an empty window
-                line = {
-                    "kind": "train",
-                    "step": step,
-                    "steps": run.steps,
-                    **window.mean(worker.world),
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "steps_per_second": window.rate,
-                    "skipped": log.skipped if log is not None else 0,
-                }
-                window = _Window()
-                _emit(log, worker, line)
-            improved = False
-            if held_out is not None and run.eval_every and (step % run.eval_every == 0 or last):
+            held = evaluate(model, self.held_out, run, self.device, worker.rank, worker.world)
+            _emit(log, worker, {"kind": "eval", "step": step, **held})
+            psnr_is_known = math.isfinite(held["recon_psnr"])
+            improved = save and psnr_is_known and (self.best is None or held["recon_psnr"] > self.best)
+            self.best = held["recon_psnr"] if improved else self.best
+            window.restart_clock()
+        if save:
+            if log is not None:
                 families.set_step(model, step)
-                held = evaluate(model, held_out, run, device, worker.rank, worker.world)
-                _emit(log, worker, {"kind": "eval", "step": step, **held})
-                psnr_is_known = math.isfinite(held["recon_psnr"])
-                improved = save and psnr_is_known and (best is None or held["recon_psnr"] > best)
-                best = held["recon_psnr"] if improved else best
-                window.restart_clock()
-            if save:
-                if log is not None:
-                    families.set_step(model, step)
-                    state = {
-                        "family": families.family_of(run.model),
-                        "run": _stored(run)["run"],
-                        "dataset_id": source.id,
-                        "position": position,
-                        "best": best,
-                    }
-                    log.sync()  # first, so that no checkpoint is without its metrics
-                    path = checkpoint.save_checkpoint(
-                        run.out, step, model=model, optimizer=optimizer, state=state,
-                        keep_last=run.keep_last, best=improved,
-                    )  # fmt: skip
-                worker.report({"step": step})
-                window.restart_clock()
-    return path
+                log.sync()  # first, so that no checkpoint is without its metrics
+                self.path = checkpoint.save_checkpoint(
+                    self.run.out, step, model=model, optimizer=self.optimizer, state=self._state(),
+                    keep_last=run.keep_last, best=improved,
+                )  # fmt: skip
+            worker.report({"step": step})
+            window.restart_clock()
+        return told
+
+    def _state(self) -> dict[str, Any]:
+        state = {
+            "family": families.family_of(self.part.model),
+            "run": _stored(self.run)["run"],
+            "model": checkpoint.config_to_json(self.part.model),
+            "dataset_id": self.source.id,
+            "position": self.position,
+            "best": self.best,
+        }
+        if self.run.stages:
+            state["stage"] = dataclasses.asdict(self.clock)
+        if self.start is not None:
+            state["init"] = self.start
+        return state
 
 
 def evaluate(
@@ -246,36 +401,44 @@ def evaluate(
 ) -> dict[str, float]:
     """Held-out loss, reconstruction and prediction PSNR, with "copy the last frame" beside; no noise anywhere.
 
+    Where the clips have a true segmentation, also ``fg_ari``: foreground ARI per frame of the reconstruction's masks.
     Each worker takes every ``world``-th of the first ``run.eval_clips`` clips; the means are over all of them.
     """
     family = families.FAMILIES[families.family_of(run.model)]
     context = run.clip_frames - 1 if run.clip_frames > 1 else 1
     horizon = min(EVAL_HORIZON, source.num_frames - context) if "rollout" in family.verbs else 0
-    sums: dict[str, float] = {}
-    count = 0
+    names = ["loss", "recon_psnr", "fg_ari"]
+    names += ["predict_psnr", "copy_last_predict_psnr"] if horizon > 0 else []
+    sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     model.eval()
     with torch.no_grad():
-        chosen = iter_clips(source, limit=run.eval_clips, length=context + max(horizon, 1), truth=family.inputs)
+        wanted = (*family.inputs, "segmentation")
+        chosen = iter_clips(source, limit=run.eval_clips, length=context + max(horizon, 1), truth=wanted)
         for index, clip in enumerate(chosen):
             if index % world != rank:
                 continue
             video = clips.to_model_input(clips.collate([clip]), device)
             inputs: dict[str, Any] = {**clips.stack_truth([clip], family.inputs, device)}
-            values = {"loss": float(model(video[:, : run.clip_frames], **inputs).total)}
-            recon = families.reconstruct(model, video[:, : run.clip_frames], **inputs).video
-            values["recon_psnr"] = psnr(recon, video[:, : run.clip_frames])
+            seen = video[:, : run.clip_frames]
+            truth = clip.truth.get("segmentation")
+            scene = model.decode(model.encode(seen, **inputs), components=truth is not None)
+            values = {"loss": float(model(seen, **inputs).total), "recon_psnr": psnr(scene.video, seen)}
+            if truth is not None and scene.masks is not None:
+                predicted = segmentation.segment(scene.masks.float().cpu().numpy())
+                scores = segmentation.frame_ari(truth[None, : run.clip_frames], predicted, foreground=True)
+                values["fg_ari"] = float(scores.mean())
             if horizon > 0:
                 future = video[:, context : context + horizon]
                 predicted = families.predict(model, video[:, :context], horizon, **inputs).video
                 values["predict_psnr"] = psnr(predicted, future)
                 values["copy_last_predict_psnr"] = psnr(video[:, context - 1 : context].expand_as(future), future)
             for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
-            count += 1
-    names = ["loss", "recon_psnr"] + (["predict_psnr", "copy_last_predict_psnr"] if horizon > 0 else [])
-    table = torch.tensor([*(sums.get(name, 0.0) for name in names), count], dtype=torch.float64)
+                sums[name] += value
+                counts[name] += 1
+    table = torch.tensor([[sums[name], counts[name]] for name in names], dtype=torch.float64)
     table = _sum_over_workers(table.to(device) if device.type == "cuda" else table, world)
-    return {name: float(value / table[-1]) for name, value in zip(names, table[:-1], strict=True)}
+    found = {name: (float(total), int(count)) for name, (total, count) in zip(names, table.tolist(), strict=True)}
+    return {name: total / count for name, (total, count) in found.items() if count}
 
 
 def psnr(video: Tensor, truth: Tensor) -> float:
@@ -362,6 +525,14 @@ def read_metrics(out: str, step: int | None = None) -> list[dict[str, Any]]:
     return [line for line in lines if step is None or line["step"] <= step]
 
 
+STAGE_ENDS = {
+    "steps": "the one before has had its steps",
+    "stagnated": "the loss stagnated",
+    "collapsed": "the posterior collapsed",
+}
+"""Why a stage ended, by the ``reason`` in the next one's line of metrics."""
+
+
 class Progress:
     """One line per interval in a log, a bar on a terminal. Feed it the lines of metrics."""
 
@@ -382,6 +553,11 @@ class Progress:
         text += f"  skipped {line['skipped']}" if line.get("skipped") else ""
         if line["kind"] == "eval":
             self._print(f"held out at step {line['step']}: {text}")
+            return
+        if line["kind"] == "stage":
+            settings = ", ".join(f"{name}={value}" for name, value in line["settings"].items())
+            why = "" if line["reason"] == "start" else f" ({STAGE_ENDS.get(line['reason'], line['reason'])})"
+            self._print(f"stage {line['stage']} begins at step {line['step']}{why}: {settings or 'the run as it is'}")
             return
         if line["kind"] == "skipped":
             names, keys = _listed(line["not_finite"]), _listed(line["clips"])
@@ -515,12 +691,97 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def _try(run: TrainRun) -> tuple[TrainRun, dict[str, Any]]:
+    """Try what a new run needs; return the run with the checkpoint that it starts from, and what is stored of it."""
+    start = None
+    if run.init:
+        weights = checkpoint.load_weights(run.init)
+        run = dataclasses.replace(run, init=weights.path)
+        with torch.random.fork_rng(devices=[]):
+            start = _start_from(run, families.build(run.stage(0).model), weights)
+    _try_one_clip(run)
+    return run, _stored(run, start)
+
+
+def _start_from(run: TrainRun, model: nn.Module, weights: checkpoint.Weights | None = None) -> dict[str, Any]:
+    """Give a new model the weights of ``run.init``; return what identifies them.
+
+    Raises:
+        ValueError: they do not fit, or have changed since the run was opened.
+    """
+    opened = weights is None
+    weights = weights or checkpoint.load_weights(run.init)
+    start = {
+        "checkpoint": weights.path,
+        "family": weights.family,
+        "step": weights.state["step"],
+        "model_id": weights.model_id,
+    }
+    if opened and store.read_json(store.join(run.out, "config.json")).get("init") != start:
+        raise ValueError(
+            f"{weights.path} has changed since {run.out} was opened to start from it; choose another --out"
+        )
+    checkpoint.start_from(weights, model, families.family_of(run.model))
+    return start
+
+
 def _try_one_clip(run: TrainRun) -> None:
-    """Put the first clip of each split through a fresh model, which raises where they do not fit."""
+    """Put the first clip of each split through a fresh model of each stage, which raises where they do not fit."""
+    tried: dict[str, Mapping[str, Any]] = {}
+    for index, stage in enumerate(run.parsed_stages):
+        part = run.stage(index)
+        what = repr((part.data, part.clip_frames, part.model))
+        try:
+            _require_same_weights(run, stage)
+            if what not in tried:
+                tried[what] = _terms_of_one_clip(part)
+            if stage.min_kl is not None and "kl" not in tried[what]:
+                raise ValueError(f"min_kl watches the loss term kl, but the model's are {', '.join(tried[what])}")
+        except ValueError as error:
+            if not run.stages:
+                raise
+            raise ValueError(f"stage {index + 1} ({run.stages[index]!r}): {error}") from error
+
+
+def _require_same_weights(run: TrainRun, stage: Stage) -> None:
+    """Refuse settings of a stage that give the model other weights than the run's own settings do.
+
+    Raises:
+        ValueError: naming the setting, and a weight that it changes.
+    """
+    settings = {name: value for name, value in stage.settings.items() if name.startswith("model.")}
+    if not settings or (changed := _changed_weight(run, settings)) is None:
+        return
+    guilty = list(settings)
+    for name, value in settings.items():
+        with contextlib.suppress(ValueError):  # it may not be possible without the others
+            if (alone := _changed_weight(run, {name: value})) is not None:
+                guilty, changed = [name], alone
+                break
+    raise ValueError(
+        f"{', '.join(guilty)} changes weight {changed}, but weights go on from stage to stage; set it for the whole run"
+    )
+
+
+def _changed_weight(run: TrainRun, settings: Mapping[str, Any]) -> str | None:
+    """The first weight whose shape changes with some settings of the model, with both shapes."""
+    config = with_overrides(dataclasses.replace(run, stages=()), dict(settings)).model
+    with torch.device("meta"):
+        before, after = (
+            {name: tuple(tensor.shape) for name, tensor in families.build(model).state_dict().items()}
+            for model in (run.model, config)
+        )
+    differ = (name for name in before | after if before.get(name) != after.get(name))
+    return next((f"{name} from {before.get(name)} to {after.get(name)}" for name in differ), None)
+
+
+def _terms_of_one_clip(run: TrainRun) -> dict[str, Tensor]:
+    """The loss terms of the first clip of each split; raises where data and model do not fit."""
     with torch.random.fork_rng(devices=[]):
         model = families.build(run.model).eval()
     _parameter_groups(model, run)
     names = families.FAMILIES[families.family_of(run.model)].inputs
+    terms: dict[str, Tensor] = {}
     for split in ("train", "val"):
         if split == "val" and not has_split(run.data, split):
             continue
@@ -531,7 +792,44 @@ def _try_one_clip(run: TrainRun) -> None:
         clip = next(iter_clips(source, limit=1, length=run.clip_frames, truth=names))
         inputs: dict[str, Any] = {**clips.stack_truth([clip], names)}
         with torch.no_grad():
-            model(clips.to_model_input(clips.collate([clip])), **inputs)
+            terms |= model(clips.to_model_input(clips.collate([clip])), **inputs).terms
+    return terms
+
+
+def _resolve_stages(run: TrainRun) -> tuple[str, ...]:
+    """The stages with absolute paths; their text stays as it is where there is none to resolve."""
+
+    def resolve(text: str) -> str:
+        words = shlex.split(text)
+        found = [
+            f"data={store.resolve(word.removeprefix('data='), 'data')}" if word.startswith("data=") else word
+            for word in words
+        ]
+        return text if found == words else shlex.join(found)
+
+    return tuple(map(resolve, run.stages))
+
+
+def _stage_seed(seed: int, number: int) -> int:
+    """Seed of a stage's order and noise: the run's own in the first."""
+    if number == 1:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}/stage/{number}".encode(), digest_size=8).digest(), "big")
+
+
+def _refuse_other_annealing(run: TrainRun, steps: int) -> None:
+    """Refuse another number of steps once that would change the learning rate of steps already made.
+
+    Raises:
+        ValueError: with the number of steps that goes on.
+    """
+    done, annealed = checkpoint.last_step(run.out) or 0, run.optim.anneal_steps
+    if annealed and steps != run.steps and done > min(steps, run.steps) - annealed:
+        raise ValueError(
+            f"{run.out} stands at step {done} and has steps={steps}, of which the last {annealed} are annealed; with "
+            f"steps={run.steps} earlier steps would have had another learning rate; give --steps {steps}, or start a "
+            f"new run with --init {run.out}"
+        )
 
 
 def _sum_over_workers(values: Tensor, world: int) -> Tensor:
@@ -549,12 +847,13 @@ def _summary_writer(folder: str, step: int) -> Any:
     return SummaryWriter(folder, purge_step=step + 1)
 
 
-def _stored(run: TrainRun) -> dict[str, Any]:
-    """What ``config.json`` holds: the run without its --resume flag."""
-    return {
+def _stored(run: TrainRun, start: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What ``config.json`` holds: the run without its --resume flag, and the weights that it started from."""
+    stored = {
         "family": families.family_of(run.model),
         "run": checkpoint.config_to_json(dataclasses.replace(run, resume=False)),
     }
+    return {**stored, "init": dict(start)} if start else stored
 
 
 FREE_TO_CHANGE = {
@@ -564,14 +863,23 @@ FREE_TO_CHANGE = {
 """Fields of a run that may differ when it is resumed; the dataset is compared by its id instead of its path."""
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+def settings_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The settings (name, before, after) that differ between two ``config.json`` and may not.
+
+    A setting that an older version did not store has its default.
+    """
+    defaults = flatten_settings({"run": {**checkpoint.config_to_json(TrainRun()), "model": {}}})
+    old, new = ({**defaults, **flatten_settings(settings)} for settings in (before, after))
+    return [
+        (name, old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if name.removeprefix("run.") not in FREE_TO_CHANGE and old.get(name) != new.get(name)
+    ]
+
+
+def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """The settings that differ, as a sentence; empty if none do."""
-    before, after = flatten_settings(old), flatten_settings(new)
-    return ", ".join(
-        f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if name.removeprefix("run.") not in FREE_TO_CHANGE and before.get(name) != after.get(name)
-    )
+    return ", ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in settings_difference(before, after))
 
 
 def _next_free_folder(family: str) -> str:

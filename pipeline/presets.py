@@ -9,6 +9,8 @@ implemented yet: those presets carry its KL weight and are for building the publ
 from dataclasses import replace
 
 from objdyn.models.ddlp import DDLPConfig
+from objdyn.models.iodine import IODINEConfig
+from objdyn.models.provide import PROVIDEConfig
 from pipeline.config import OptimConfig, TrainRun
 
 
@@ -140,6 +142,156 @@ _QUICKSTART = replace(
     checkpoint_every=225,
 )
 
+# Slot families. PROVIDE's paper gives batch, rate and clip length (4 growing to 40, batch shrinking in proportion, the
+# next length when the loss stagnates or the posterior collapses); the lengths between, the stages' largest numbers of
+# steps and the patience are ours. A day on eight GPUs is what its authors took.
+_SLOT_OPTIM = OptimConfig(lr=3e-4, eps=1e-8, clip_norm=5.0, batch_size=32)
+_LENGTHS = (
+    "steps=100000 patience=10000 min_kl=1",
+    "steps=60000 patience=10000 min_kl=1 clip_frames=6 optim.batch_size=21",
+    "steps=60000 patience=10000 min_kl=1 clip_frames=10 optim.batch_size=12",
+    "steps=60000 patience=10000 min_kl=1 clip_frames=20 optim.batch_size=6",
+    "clip_frames=40 optim.batch_size=3",
+)
+_TO_20 = (*_LENGTHS[:3], "clip_frames=20 optim.batch_size=6")
+
+
+def _slots(model: IODINEConfig, *, clip_frames: int, data: str = "", stages: tuple[str, ...] = ()) -> TrainRun:
+    return TrainRun(
+        model=model,
+        data=data,
+        steps=400_000,
+        clip_frames=clip_frames,
+        stages=stages,
+        optim=_SLOT_OPTIM,
+        log_every=50,
+        eval_every=5_000,
+        eval_clips=32,
+        checkpoint_every=5_000,
+    )
+
+
+_BINARY, _COLOUR = "sim:bouncing-balls", "sim:bouncing-balls:colors=4"
+_IODINE = IODINEConfig()
+_IODINE_RELEASED = replace(_IODINE, likelihood_weight=5.0, mask_posterior="reference", cell_weights="reference")
+_PROVIDE = PROVIDEConfig(entropy_weight=0.1)
+_PROVIDE_RELEASED = replace(
+    _PROVIDE,
+    mask_posterior="reference",
+    cell_weights="reference",
+    prior_head="softplus_logvar",
+    refine_final_cell=True,
+    prediction="reference",
+)
+_ABLATION_GRID = replace(_PROVIDE, entropy_weight=0.0, conditional_prior=False, conditional_decoder="none")
+_ABLATION_BASE = replace(_ABLATION_GRID, grid="full")
+_ABLATION_CONDITIONAL = replace(_PROVIDE, entropy_weight=0.0)
+_PROVIDE_CLEVRER = replace(_PROVIDE, num_slots=6, num_refinements=5, entropy_weight=0.0)
+# IODINE's own paper: RGB jointly per pixel, sigma 0.1, the likelihood without each slot, strided refinement.
+_IODINE_CLEVR6 = IODINEConfig(
+    image_size=128,
+    num_slots=7,
+    num_refinements=6,
+    refine="strided",
+    refine_pool="mean",
+    refine_dim=256,
+    likelihood_var=0.01,
+    mixture="per_pixel",
+    leave_one_out=True,
+    cell_weights="linspace",
+    likelihood_weight=1.0,
+)
+
+_IODINE_DEBUG = TrainRun(
+    model=IODINEConfig(
+        image_size=32,
+        num_slots=3,
+        slot_dim=8,
+        num_refinements=3,
+        decoder_channels=(8, 8),
+        decoder_upsample=2,
+        refine="strided",
+        refine_channels=(8, 8, 8),
+        refine_dim=16,
+        likelihood_var=0.05,
+        mixture="per_pixel",
+        likelihood_weight=1.0,
+        initial_log_var=0.0,
+        conv_init="fan_in",
+    ),
+    data="sim:bouncing-balls:balls=2,size=32,colors=random4,frames=12",
+    steps=20,
+    clip_frames=3,
+    optim=OptimConfig(lr=1e-3, eps=1e-8, clip_norm=5.0, batch_size=4),
+    log_every=5,
+    eval_every=10,
+    eval_clips=2,
+    checkpoint_every=10,
+)
+# What a short run on one CPU core needs, found by single runs (objdyn/models/LOG.md): one ball, then two, three, four,
+# with a slot for each, or the slots never part; balls that are large for their 24 pixels, in random colours, so that
+# every slot learns every colour; a narrow likelihood per pixel; larger initial convolutions; a decoder that works at
+# half the resolution.
+_SMALL_BALLS = "sim:bouncing-balls:balls={balls},size=24,colors=random4,radius=1.0-1.5,frames=20"
+_IODINE_SMALL = TrainRun(
+    model=IODINEConfig(
+        image_size=24,
+        num_slots=5,
+        slot_dim=16,
+        num_refinements=5,
+        decoder_channels=(32, 32, 32),
+        decoder_upsample=2,
+        refine="strided",
+        refine_channels=(32, 32, 32),
+        likelihood_var=0.05,
+        mixture="per_pixel",
+        cell_weights="ramp",
+        likelihood_weight=1.0,
+        initial_log_var=0.0,
+        conv_init="fan_in",
+    ),
+    data=_SMALL_BALLS.format(balls=4),
+    steps=9_000,
+    stages=(
+        f"steps=1000 data={_SMALL_BALLS.format(balls=1)} model.num_slots=2",
+        f"steps=1500 data={_SMALL_BALLS.format(balls=2)} model.num_slots=3",
+        f"steps=2000 data={_SMALL_BALLS.format(balls=3)} model.num_slots=4",
+        "",
+    ),
+    clip_frames=1,
+    optim=OptimConfig(lr=2e-3, eps=1e-8, warmup_steps=200, anneal_steps=4_500, clip_norm=5.0, batch_size=16),
+    precision="bf16",
+    log_every=50,
+    eval_every=500,
+    eval_clips=64,
+    checkpoint_every=500,
+)
+# Starts from an iodine/small (--init RUN), whose slots it learns to keep over time.
+_PROVIDE_SMALL = replace(
+    _IODINE_SMALL,
+    model=PROVIDEConfig(
+        **{
+            **vars(_IODINE_SMALL.model),
+            "num_refinements": 4,
+            "conditional_decoder": "residual",
+        }
+    ),
+    steps=5_000,
+    stages=(
+        "steps=2500",
+        "steps=1200 clip_frames=6 optim.batch_size=6",
+        "clip_frames=10 optim.batch_size=4",
+    ),
+    clip_frames=4,
+    optim=replace(_IODINE_SMALL.optim, lr=7e-4, anneal_steps=2_500, batch_size=8),
+    eval_clips=32,
+)
+_PROVIDE_DEBUG = replace(
+    _IODINE_DEBUG,
+    model=PROVIDEConfig(**{**vars(_IODINE_DEBUG.model), "conditional_decoder": "residual"}),
+    clip_frames=5,
+)
+
 PRESETS: dict[str, dict[str, TrainRun]] = {
     "ddlp": {
         "debug": _DEBUG,
@@ -159,6 +311,45 @@ PRESETS: dict[str, dict[str, TrainRun]] = {
         # the recording's length is unpublished; 10,000 is the floor of the released schedule
         "traffic": _ddlp(_TRAFFIC, batch_size=8, steps_per_epoch=10_000, warmup_epochs=3),
     },
+    "iodine": {
+        "debug": _IODINE_DEBUG,
+        "small": _IODINE_SMALL,
+        "bouncing-balls": _slots(replace(_IODINE, num_refinements=6), clip_frames=1, data=_BINARY),
+        "bouncing-balls-colour": _slots(replace(_IODINE, num_refinements=6), clip_frames=1, data=_COLOUR),
+        "bouncing-balls-released": _slots(replace(_IODINE_RELEASED, num_refinements=6), clip_frames=1, data=_BINARY),
+        "clevrer": _slots(replace(_IODINE, num_slots=6), clip_frames=1),
+        "clevr6": replace(
+            _slots(_IODINE_CLEVR6, clip_frames=1),
+            steps=1_000_000,
+            optim=replace(_SLOT_OPTIM, lr=1e-3, betas=(0.95, 0.999)),
+        ),
+    },
+    "provide": {
+        "debug": _PROVIDE_DEBUG,
+        "small": _PROVIDE_SMALL,
+        "bouncing-balls": _slots(_PROVIDE, clip_frames=4, data=_BINARY, stages=_LENGTHS),
+        "bouncing-balls-colour": _slots(
+            replace(_PROVIDE, entropy_weight=0.0), clip_frames=4, data=_COLOUR, stages=_LENGTHS
+        ),
+        "bouncing-balls-released": _slots(_PROVIDE_RELEASED, clip_frames=4, data=_BINARY, stages=_LENGTHS),
+        "bouncing-balls-colour-released": _slots(
+            replace(_PROVIDE_RELEASED, entropy_weight=0.0), clip_frames=4, data=_COLOUR, stages=_LENGTHS
+        ),
+        # CLEVRER: K = 6 slots for 3 to 5 objects, R and weights of the released code; no entropy term on colour
+        "clevrer": _slots(_PROVIDE_CLEVRER, clip_frames=4, stages=_LENGTHS),
+        "clevrer-released": _slots(
+            replace(_PROVIDE_RELEASED, num_slots=6, num_refinements=5, entropy_weight=0.0),
+            clip_frames=4,
+            stages=_LENGTHS,
+        ),
+        # R and the weights are not stated for this data; training has 8 slots, the test 10
+        "grand-central": _slots(replace(_PROVIDE_CLEVRER, image_size=128, num_slots=8), clip_frames=4, stages=_TO_20),
+        # the rows of the ablation on binary balls (table 3); the last, with entropy, is bouncing-balls
+        "ablation-base": _slots(_ABLATION_BASE, clip_frames=4, data=_BINARY, stages=_TO_20),
+        "ablation-grid": _slots(_ABLATION_GRID, clip_frames=4, data=_BINARY, stages=_TO_20),
+        "ablation-conditional": _slots(_ABLATION_CONDITIONAL, clip_frames=4, data=_BINARY, stages=_TO_20),
+        "ablation-conditional-40": _slots(_ABLATION_CONDITIONAL, clip_frames=4, data=_BINARY, stages=_LENGTHS),
+    },
 }
 
 ABOUT: dict[str, dict[str, str]] = {
@@ -174,6 +365,30 @@ ABOUT: dict[str, dict[str, str]] = {
         "phyre": "PHYRE at 128 pixels, the paper's 20 frames",
         "phyre-released": "PHYRE at 128 pixels, the released 15 frames",
         "traffic": "Traffic at 128 pixels",
+    },
+    "iodine": {
+        "debug": "tiny IODINE for tests; seconds",
+        "small": "IODINE on 24-pixel colour balls, curriculum from one to four; about 25 minutes on one core",
+        "bouncing-balls": "PROVIDE's IODINE baseline on binary Bouncing Balls at 64 pixels",
+        "bouncing-balls-colour": "the same in four colours",
+        "bouncing-balls-released": "the same as in the baselines' code",
+        "clevrer": "PROVIDE's IODINE baseline on CLEVRER at 64 pixels",
+        "clevr6": "IODINE as its own paper has it on CLEVR, 128 pixels",
+    },
+    "provide": {
+        "debug": "tiny PROVIDE for tests; seconds",
+        "small": "PROVIDE on 24-pixel colour balls; give --init the run of an iodine small",
+        "bouncing-balls": "binary Bouncing Balls at 64 pixels, clips from 4 to 40 frames",
+        "bouncing-balls-colour": "the same in four colours, without entropy term",
+        "bouncing-balls-released": "binary Bouncing Balls with the released code's conventions",
+        "bouncing-balls-colour-released": "the same in four colours, without entropy term",
+        "clevrer": "CLEVRER at 64 pixels",
+        "clevrer-released": "CLEVRER with the released code's conventions",
+        "grand-central": "Grand Central Station at 128 pixels, clips up to 20 frames",
+        "ablation-base": "table 3: 2D-LSTM without grid, conditional prior and generation, entropy",
+        "ablation-grid": "table 3: with the triangular grid",
+        "ablation-conditional": "table 3: with conditional prior and generation",
+        "ablation-conditional-40": "the same on clips up to 40 frames",
     },
 }
 """One line for each preset's help."""

@@ -35,7 +35,8 @@ def train(run: TrainRun) -> str:
     cluster.connect(num_cpus=run.workers + 1)  # before torch and the data: a cluster that is away is said at once
     run = loop.open_run(run)
     print(f"run folder: {run.out}", flush=True)
-    cluster.require_shared([path for path in (run.out, run.data) if not path.startswith("sim:")])
+    read = {run.stage(index).data for index in range(len(run.parsed_stages))} | ({run.init} if run.init else set())
+    cluster.require_shared([path for path in (run.out, *sorted(read)) if not path.startswith("sim:")])
     use_gpu = _use_gpu(run)
     with _follow(run):
         for restarts in range(MAX_RESTARTS + 1):

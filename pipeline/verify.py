@@ -37,7 +37,7 @@ import torch
 from objdyn.clips import CODECS, Clip, from_sample, to_sample
 from objdyn.families import FAMILIES
 from pipeline import checkpoint, loop, reader, store, tables
-from pipeline.config import VerifyRun, flatten_settings
+from pipeline.config import VerifyRun
 from pipeline.shard import INDEX_SCHEMA, OWNER, QUARANTINE_SCHEMA
 
 Kind = Literal["damaged", "missing", "extra", "leftover"]
@@ -701,13 +701,9 @@ def _finite_tensors(data: bytes) -> list[str]:
 
 def _difference(config: Mapping[str, Any], state: Mapping[str, Any]) -> str:
     """Settings of a checkpoint that differ from the run's and may not; empty if none do."""
-    before = flatten_settings(config)
-    after = flatten_settings({name: state.get(name, {}) for name in ("family", "run")})
-    return ", ".join(
-        f"{name} is {after.get(name)!r} and was {before.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if name.removeprefix("run.") not in loop.FREE_TO_CHANGE and before.get(name) != after.get(name)
-    )
+    stored = [{name: settings.get(name, {}) for name in ("family", "run")} for settings in (config, state)]
+    differ = loop.settings_difference(*stored)
+    return ", ".join(f"{name} is {after!r} and was {before!r}" for name, before, after in differ)
 
 
 def _read_metrics(folder: Folder) -> None:

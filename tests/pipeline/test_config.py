@@ -3,12 +3,30 @@
 import pytest
 import torch
 
-from pipeline.config import flatten_settings, torch_device
+from pipeline.config import TrainRun, flatten_settings, torch_device, with_overrides
 
 
 def test_nested_settings_get_dotted_names() -> None:
     nested = {"steps": 3, "optim": {"lr": 0.1, "betas": [0.9, 0.99], "more": {"a": None}}, "empty": {}}
     assert flatten_settings(nested) == {"steps": 3, "optim.lr": 0.1, "optim.betas": [0.9, 0.99], "optim.more.a": None}
+
+
+def test_settings_that_are_only_possible_together_are_set_together() -> None:
+    run = with_overrides(TrainRun(), {"optim.micro_batch_size": 5, "optim.batch_size": 10})
+    assert (run.optim.batch_size, run.micro_batch_size) == (10, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim.warmup_steps": -1}, "optim.warmup_steps must be 0"),
+        ({"optim.anneal_steps": -1}, "optim.anneal_steps must be 0"),
+        ({"optim.anneal_to": 1.5}, r"optim.anneal_to is a factor in \[0, 1\], got 1.5"),
+    ],
+)
+def test_an_impossible_schedule_is_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_overrides(TrainRun(), changes)
 
 
 @pytest.mark.parametrize(
