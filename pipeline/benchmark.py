@@ -34,7 +34,7 @@ import torch
 from objdyn import clips, families
 from objdyn.clips import Clip
 from objdyn.simulators import SIMULATORS, Episode, Simulator
-from pipeline import checkpoint, cluster, extract, loop, quickstart, shard, store, tables
+from pipeline import checkpoint, cluster, extract, loop, quickstart, reference, shard, store, tables
 from pipeline.config import BENCHMARK_PARTS, BenchmarkRun, ExtractRun, LoaderConfig, ShardRun, TrainRun, torch_device
 from pipeline.presets import PRESETS
 from pipeline.reader import TrainingReader, iter_clips, open_source
@@ -116,7 +116,7 @@ def benchmark(run: BenchmarkRun) -> str:
     with tempfile.TemporaryDirectory(prefix="objdyn-benchmark-", dir=run.scratch or None) as folder:
         bench = _Bench(run, preset, device, threads, folder)
         report["data"] = bench.describe_data()
-        for part in [part for part in BENCHMARK_PARTS if not run.parts or part in run.parts]:
+        for part in _parts(run):
             begin = time.monotonic()
             report[part] = bench.measure(part)
             say(f"{part}: done in {time.monotonic() - begin:.0f} s")
@@ -152,6 +152,7 @@ class _Bench:
             "shard": self.shard,
             "extract": self.extract,
             "ray-train": self.ray_train,
+            "reference": lambda: reference.measure(self.run.family, self.run.steps, say),
         }[part]()
 
     def train(self) -> Report:
@@ -762,10 +763,22 @@ def say(text: str) -> None:
 def _preset(run: BenchmarkRun) -> TrainRun:
     if run.family not in families.FAMILIES:
         raise ValueError(f"unknown family {run.family!r}; choose from {', '.join(families.FAMILIES)}")
+    if "reference" in run.parts and run.family not in reference.REFERENCES:
+        raise ValueError(
+            f"{run.family} has no part 'reference'; only {' and '.join(reference.REFERENCES)} are compared with their "
+            "authors' code"
+        )
     presets = PRESETS[run.family]
     if run.preset not in presets:
         raise ValueError(f"{run.family} has no preset {run.preset!r}; choose from {', '.join(presets)}")
-    return presets[run.preset]
+    return presets[run.preset].stage(-1)  # a curriculum's last stage is the model at its full size
+
+
+def _parts(run: BenchmarkRun) -> list[str]:
+    """What to measure, in the order of ``BENCHMARK_PARTS``."""
+    if run.parts:
+        return [part for part in BENCHMARK_PARTS if part in run.parts]
+    return [part for part in BENCHMARK_PARTS if part != "reference" or run.family in reference.REFERENCES]
 
 
 def _integrity(sha256: float, sync: float, whole: float) -> Report:
@@ -819,6 +832,8 @@ def render(report: Report) -> str:
         lines += ["", *_train_table(report["train"])]
     if "rollout" in report:
         lines += ["", *_rollout_table(report["rollout"])]
+    if "reference" in report:
+        lines += ["", *_reference_table(report["family"], report["reference"])]
     stages = [part for part in ("reader", "shard", "extract", "ray-train") if part in report]
     if stages:
         lines += ["", *_stage_table({part: report[part] for part in stages}, on.get("ray_start_seconds"))]
@@ -869,6 +884,15 @@ def _rollout_table(rollout: Report) -> list[str]:
                 rows.append([verb, batch, str(m["frames"]), *numbers, _spread(m["seconds"], ".3g")])
         memory.append(f"{_bytes(measured.get('peak_gpu_memory_bytes', measured['peak_memory_bytes']))} at {batch}")
     return ["rollout: the verbs without gradients", f"  peak memory  {', '.join(memory)} clips", *_align(rows)]
+
+
+def _reference_table(family: str, measured: Report) -> list[str]:
+    size = f"{measured['size']} pixels, K = {measured['slots']}, R = {measured['refinements']}, fp32"
+    return [
+        f"reference: one training step of {measured['batch']} clips x {measured['frames']} frames, {size}, cpu, "
+        f"{measured['threads']} threads; ratios to the authors' code",
+        *itertools.chain.from_iterable(_align(cells) for cells in reference.table(family, measured)),
+    ]
 
 
 def _stage_table(stages: dict[str, Report], ray_start_seconds: float | None) -> list[str]:

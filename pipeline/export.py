@@ -23,7 +23,9 @@ if TYPE_CHECKING:  # the dataclasses of all runs need torch
 
 TENSORS = "tensors"
 """What the metadata calls this table."""
-AXES = {"objects": ("frame", "object", "component"), "frames": ("frame", "component")}
+AXES = {"objects": ("frame", "object"), "frames": ("frame",)}
+INNER_AXES = {0: (), 1: ("component",), 2: ("row", "column"), 3: ("row", "column", "channel")}
+"""Names of a latent's own axes, by their number."""
 _CACHE_GB = 0.5
 
 
@@ -58,6 +60,7 @@ def _write_tensors(clips: ClipDataset, run: "ExportRun", sink: BinaryIO) -> str:
     schema = _tensor_schema(clips, run.kind, first)
     objects = [first[name].shape[1] for name in clips.fields["objects"]]
     clips_per_group = max(1, tables.GROUP_ROWS // (clips.lengths[0] * max(objects, default=1)))
+    clips_per_group = min(clips_per_group, tables.group_rows(schema))
     with tables.open_writer(sink, schema) as writer:
         for start in range(0, len(order), clips_per_group):
             group = [clips[number] for number in order[start : start + clips_per_group]]
@@ -89,9 +92,9 @@ def _tensor_schema(clips: ClipDataset, kind: str, first: Mapping[str, np.ndarray
     types |= {"sample": pa.int32(), "frame": numbers, "source_frame": numbers}
     for table in ("objects", "frames"):
         for name in clips.fields[table]:
-            shape = first[name].shape
+            shape, outer = first[name].shape, AXES[table]
             types[name] = pa.fixed_shape_tensor(
-                pa.from_numpy_dtype(first[name].dtype), shape, dim_names=AXES[table][: len(shape)]
+                pa.from_numpy_dtype(first[name].dtype), shape, dim_names=(*outer, *INNER_AXES[len(shape) - len(outer)])
             )
     components = {
         name: [column.removeprefix(f"{name}_") for column in columns]
@@ -154,7 +157,8 @@ def _row_schema(clips: ClipDataset, kind: str, table: tables.Table, wanted: Fiel
     found = clips.open_part(table, 0).schema_arrow
     columns = [found.field(column) for names in wanted.values() for column in names]
     plain = [c.with_type(c.type.value_type) if pa.types.is_dictionary(c.type) else c for c in columns]
-    return pa.schema(plain, _metadata(clips, {"table": table, "kind": kind}))
+    shapes = {name: list(shape) for name, shape in tables.shapes_of(found).items() if name in wanted}
+    return pa.schema(plain, _metadata(clips, {"table": table, "kind": kind} | ({"shapes": shapes} if shapes else {})))
 
 
 def _rows_by_clip(clips: ClipDataset, kind: str, table: tables.Table, wanted: Fields) -> Iterator[pa.Table]:
@@ -194,7 +198,7 @@ def _in_groups(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """Join pieces up to the size of a row group; a piece is never cut."""
     held: list[pa.Table] = []
     for rows in pieces:
-        if held and sum(piece.num_rows for piece in held) + rows.num_rows > tables.GROUP_ROWS:
+        if held and sum(piece.num_rows for piece in held) + rows.num_rows > tables.group_rows(rows.schema):
             yield pa.concat_tables(held)
             held = []
         held.append(rows)

@@ -1,12 +1,24 @@
 """Checkpoint and shards in, tables of latents out: Ray Data schedules, one model per worker, one part per shard.
 
-    OUT/settings.json            model, dataset, split, context, horizon: created first, never changed
+    OUT/settings.json            model, dataset, split, context, horizon, extras: created first, never changed
     OUT/objects/<shard>.parquet  OUT/frames/<shard>.parquet
     OUT/parts/<shard>.json       rows and SHA-256 of both; written after them, and with it the part is done
     OUT/manifest.json            settings and all parts; written when the set is complete
 
 Every file is published atomically under a name that follows from its shard. So whatever is killed, and whenever, the
 next run with the same settings redoes the parts that are not done, under the same names, and no row comes twice.
+
+Of a family whose object k is not the same thing in all frames, objects/ has a column ``track`` beside its latents. The
+flags of a run add more columns ("extras"):
+
+    mask_summary   mask_area, mask_y, mask_x: pixels that the object wins as a share of all, and the middle of them (of
+                   the soft mask, where it wins none), in [-1, 1] with align_corners
+    masks          mask: the soft mask as uint8 (h, w), 255 is 1
+    components     component: the object rendered alone as uint8 (h, w, c)
+    state          the family's recurrent state
+
+Images make tables large: at 64 pixels a row's mask has 4 kB and its component 12 kB before compression. A worker holds
+the rows of one part in memory about twice; where that is too much, make shards of fewer clips.
 """
 
 import dataclasses
@@ -23,8 +35,9 @@ import torch
 
 from objdyn.clips import Clip, collate, stack_truth, to_model_input
 from objdyn.families import FAMILIES, Family
-from objdyn.interface import VideoModel
+from objdyn.interface import Scene, VideoModel
 from objdyn.metrics.image import frame_mse
+from objdyn.metrics.segmentation import match_tracks, segment
 from pipeline import cluster, store, tables
 from pipeline.checkpoint import load_model
 from pipeline.config import ExtractRun
@@ -33,6 +46,8 @@ from pipeline.tables import Block, Provenance
 
 DEATHS_PER_PART = 2
 PROGRESS_SECONDS = 10.0
+LATER_SETTINGS: dict[str, Any] = {"extras": []}
+"""Settings that folders of earlier versions do not have, with what they are there."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,8 @@ class Job:
     batch_size: int
     device: str
     provenance: Provenance
+    extras: tuple[str, ...] = ()
+    """Names of optional columns, see above."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -61,6 +78,7 @@ class Job:
             "context": self.provenance.context,
             "horizon": self.provenance.horizon,
             "limit": self.limit,
+            "extras": list(self.extras),
         }
 
 
@@ -101,31 +119,40 @@ def clip_blocks(
     context: int | None = None,
     horizon: int | None = None,
     device: str | torch.device = "cpu",
+    extras: Sequence[str] = (),
 ) -> list[Block]:
     """Encode clips of one length; with ``context`` and ``horizon`` also predict the frames after the context.
 
     Gives one ``posterior`` block per clip, and one ``predicted`` block of frames ``context .. context + horizon - 1``.
+    ``extras`` names optional columns (see the top of the file). Tracks of predicted frames go on from the context.
 
     Raises:
-        ValueError: a clip lacks the truth that the family takes as input.
+        ValueError: a clip lacks the truth that the family takes as input, or the model renders no masks where the
+            columns need them.
     """
     video = to_model_input(collate(clips), device)
     inputs = stack_truth(clips, family.inputs, device)
     with torch.no_grad():
         latents = model.encode(video, **inputs)
-        recon_mse = frame_mse(model.decode(latents).video, video).cpu().numpy()
-        blocks = _to_blocks(family, clips, latents, "posterior", 0, {"recon_mse": recon_mse})
+        scene = model.decode(latents, components=_needs_masks(family, extras))
+        recon_mse = frame_mse(scene.video, video).cpu().numpy()
+        dense = _dense(family, latents, scene, extras)
+        blocks = _to_blocks(clips, dense, "posterior", 0, {"recon_mse": recon_mse})
         if context is None or horizon is None:
             return blocks
         # Only a causal family's latents of the first frames are free of what comes later.
         seen = _frames(latents, 0, context) if family.causal else model.encode(video[:, :context], **inputs)
         future = model.rollout(seen, horizon)
         truth = video[:, context : context + horizon]
-        errors = {}
-        if truth.shape[1] > 0:
-            known = _frames(future, 0, truth.shape[1])
-            errors = {"predict_mse": frame_mse(model.decode(known).video, truth).cpu().numpy()}
-        return blocks + _to_blocks(family, clips, future, "predicted", context, errors)
+        known, scene, before = truth.shape[1], None, None
+        if _needs_masks(family, extras):
+            scene = model.decode(future, components=True)
+            before = None if family.tracked else model.decode(seen, components=True)
+        elif known:
+            scene = model.decode(_frames(future, 0, known))
+        errors = {"predict_mse": frame_mse(scene.video[:, :known], truth).cpu().numpy()} if scene and known else {}
+        dense = _dense(family, future, scene, extras, before)
+        return blocks + _to_blocks(clips, dense, "predicted", context, errors)
 
 
 def extract_part(model: VideoModel[Any], family: Family, source: Source, job: Job, part: Part) -> None:
@@ -142,13 +169,16 @@ def extract_part(model: VideoModel[Any], family: Family, source: Source, job: Jo
             context=job.provenance.context,
             horizon=job.provenance.horizon,
             device=job.device,
+            extras=job.extras,
         )
     record: dict[str, Any] = {"name": part.name, "clips": part.clips}
     finite = {block.clip: True for block in blocks}
     for block in blocks:
         finite[block.clip] &= all(bool(np.isfinite(values).all()) for values in block.latents.values())
     record["clips_not_finite"] = len(finite) - sum(finite.values())
-    columns: dict[tables.Table, tuple[str, ...]] = {"objects": family.object_columns, "frames": family.frame_columns}
+    of_frames = family.frame_columns
+    of_objects = tuple(name for name in blocks[0].latents if name not in of_frames)
+    columns: dict[tables.Table, tuple[str, ...]] = {"objects": of_objects, "frames": of_frames}
     for table, fields in columns.items():
         rows = tables.build(table, blocks, fields, job.provenance)
         record[table] = tables.publish(rows, store.join(job.out, table, f"{part.name}.parquet"))
@@ -204,6 +234,8 @@ def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
     family = FAMILIES[loaded.family]
     if run.context is not None and "rollout" not in family.verbs:
         raise ValueError(f"a {loaded.family} model cannot predict; leave out --context and --horizon")
+    if run.state and not family.state_columns:
+        raise ValueError(f"a {loaded.family} model carries no recurrent state; leave out --state")
     if run.context is not None and run.context > source.num_frames:
         raise ValueError(
             f"--context {run.context} asks for more frames than a clip of {data} has ({source.num_frames}); lower it"
@@ -224,7 +256,7 @@ def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
         context=run.context,
         horizon=run.horizon,
     )
-    return Job(checkpoint, data, out, run.limit, run.batch_size, run.device, provenance), parts
+    return Job(checkpoint, data, out, run.limit, run.batch_size, run.device, provenance, run.extras), parts
 
 
 def _claim(job: Job) -> None:
@@ -235,9 +267,10 @@ def _claim(job: Job) -> None:
         return
     found = store.read_json(path)
     for name, value in job.settings.items():
-        if found.get(name) != value:
+        before = found.get(name, LATER_SETTINGS.get(name))
+        if before != value:
             raise ValueError(
-                f"{job.out} holds tables with {name} {found.get(name)}, but this run has {name} {value}; "
+                f"{job.out} holds tables with {name} {before}, but this run has {name} {value}; "
                 "choose another --out, or remove the old folder"
             )
 
@@ -345,12 +378,73 @@ def _frames(latents: Any, start: int, stop: int) -> Any:
     return type(latents)(*(field[:, start:stop] for field in latents))
 
 
-def _to_blocks(
-    family: Family, clips: Sequence[Clip], latents: Any, kind: str, context: int, errors: dict[str, np.ndarray]
-) -> list[Block]:
-    names = (*family.object_columns, *family.frame_columns)
+def _needs_masks(family: Family, extras: Sequence[str]) -> bool:
+    return not family.tracked or bool({"mask_summary", "masks", "components"} & set(extras))
+
+
+def _dense(
+    family: Family, latents: Any, scene: Scene | None, extras: Sequence[str], before: Scene | None = None
+) -> dict[str, np.ndarray]:
+    """The columns of a batch of clips, (b, t, k, ...) of objects and (b, t, ...) of frames.
+
+    ``scene`` is what the latents render and ``before`` what came before them, for tracks that go on.
+    """
+    states = family.state_columns if "state" in extras else ()
+    names = (*family.object_columns, *states, *family.frame_columns)
     dense = {name: getattr(latents, name).float().cpu().numpy() for name in names}
-    frame = context + np.arange(next(iter(latents)).shape[1])
+    if not _needs_masks(family, extras):
+        return dense
+    objects = dense[family.object_columns[0]].shape[2]
+    masks, winners = _masks(scene, objects)
+    if not family.tracked:
+        earlier = _masks(before, objects)[1] if before else winners[:, :0]
+        video = np.concatenate([earlier, winners], axis=1)
+        tracks = np.stack([match_tracks(segments, objects) for segments in video])
+        dense["track"] = tracks[:, earlier.shape[1] :].astype(np.int32)
+    if "mask_summary" in extras:
+        dense |= _mask_summary(masks, winners)
+    if "masks" in extras:
+        dense["mask"] = _to_bytes(masks)
+    if "components" in extras and scene is not None and scene.components is not None:
+        components = np.nan_to_num(scene.components[:, :, -objects:].float().cpu().numpy())
+        dense["component"] = _to_bytes(np.moveaxis(components, 3, 5))
+    return dense
+
+
+def _masks(scene: Scene | None, objects: int) -> tuple[np.ndarray, np.ndarray]:
+    """Soft masks of the objects (b, t, k, h, w), and the object that wins each pixel (b, t, h, w).
+
+    Negative where a background, which comes before the objects, wins it. NaN of a model that diverged counts as 0.
+    """
+    if scene is None or scene.masks is None:
+        raise ValueError(
+            "the model renders no masks; leave out --mask-summary, --masks and --components (a family whose objects "
+            "keep no identity cannot be extracted without them)"
+        )
+    masks = np.nan_to_num(scene.masks.float().cpu().numpy())
+    winners = segment(masks) - (masks.shape[2] - objects)
+    return masks[:, :, -objects:, 0], winners
+
+
+def _mask_summary(masks: np.ndarray, winners: np.ndarray) -> dict[str, np.ndarray]:
+    k, h, w = masks.shape[2:]
+    won = winners[:, :, None] == np.arange(k)[:, None, None]
+    area: np.ndarray = np.mean(won, axis=(3, 4))
+    weights = np.where(area[..., None, None] > 0, won, masks)
+    whole = np.maximum(weights.sum(axis=(3, 4)), np.finfo(np.float32).tiny)
+    y = weights.sum(axis=4) @ np.linspace(-1, 1, h) / whole
+    x = weights.sum(axis=3) @ np.linspace(-1, 1, w) / whole
+    return {"mask_area": area, "mask_y": y, "mask_x": x}
+
+
+def _to_bytes(shares: np.ndarray) -> np.ndarray:
+    return np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8)
+
+
+def _to_blocks(
+    clips: Sequence[Clip], dense: dict[str, np.ndarray], kind: str, context: int, errors: dict[str, np.ndarray]
+) -> list[Block]:
+    frame = context + np.arange(next(iter(dense.values())).shape[1])
     return [
         Block(
             clip=clip.key,

@@ -32,6 +32,8 @@ MANIFEST = "manifest.json"
 METADATA_KEY = b"objdyn"
 KINDS = ("posterior", "predicted", "interpolated")
 GROUP_ROWS = 30_000
+GROUP_BYTES = 1 << 26
+"""Of a row group before compression: images make rows large."""
 
 FRAME_KEY = ("clip", "kind", "context", "edit", "sample", "frame")
 OBJECT_KEY = (*FRAME_KEY, "object")
@@ -46,6 +48,8 @@ _TABLES: tuple[Table, ...] = ("objects", "frames")
 Fields = dict[str, tuple[str, ...]]
 """Latents by name, each with the columns that hold it: ``{"position": ("position_y", "position_x")}``."""
 _TYPES = {"clip": pa.string(), "kind": pa.string(), "edit": pa.string()}
+_KEPT_TYPES = {np.dtype(np.uint8): np.dtype(np.uint8), np.dtype(np.int32): np.dtype(np.int32)}
+"""Types of latents that stay what they are; all others become float32."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class Block:
     source_frame: np.ndarray
     """The same frames counted in the source video, int (t,)."""
     latents: Mapping[str, np.ndarray]
-    """Per field of the family's latents: (t, k, ...) for objects, (t, ...) for frames."""
+    """Per field of the family's latents: (t, k, ...) for objects, (t, ...) for frames. Stored as float32, but for
+    int32 and uint8 (images)."""
     errors: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Per name in ERRORS: the values (n,) of the first n <= t frames; the others are null, as is a missing name."""
     context: int = 0
@@ -129,7 +134,8 @@ class ClipLatents(NamedTuple):
     source_frame: np.ndarray
     """The same frames counted in the source video, int32 (t,)."""
     objects: dict[str, np.ndarray]
-    """Per latent: float32 (t, k), or (t, k, d) for a vector; ``position`` and ``scale`` are (t, k, 2) as (y, x)."""
+    """Per latent: float32 (t, k), or (t, k, d) for a vector; ``position`` and ``scale`` are (t, k, 2) as (y, x).
+    ``track`` is int32 (t, k); ``mask`` uint8 (t, k, h, w) and ``component`` uint8 (t, k, h, w, c)."""
     frames: dict[str, np.ndarray]
     """Per latent of whole frames, ``background`` for example: float32 (t,) or (t, d)."""
     recon_mse: np.ndarray
@@ -138,22 +144,36 @@ class ClipLatents(NamedTuple):
     """The same."""
 
 
-def schema(table: Table, fields: Mapping[str, tuple[int, ...]], provenance: Provenance) -> pa.Schema:
+def schema(
+    table: Table,
+    fields: Mapping[str, tuple[int, ...]],
+    provenance: Provenance,
+    types: Mapping[str, np.dtype[Any]] | None = None,
+) -> pa.Schema:
     """The schema of a table, from the family's fields and their trailing shapes (without frame and object axes).
 
-    ``(2,)`` of ``position`` and ``scale`` gives ``position_y, position_x``; ``()`` gives one float32 column; any other
-    shape one fixed-size list, flattened in C order.
+    ``(2,)`` of ``position`` and ``scale`` gives ``position_y, position_x``; ``()`` gives one column; any other
+    shape one fixed-size list, flattened in C order. The metadata has the shapes that are more than a length.
+
+    Args:
+        table: ``objects`` or ``frames``.
+        fields: names and trailing shapes.
+        provenance: stored in the metadata.
+        types: of fields that are not float32.
     """
     key = OBJECT_KEY if table == "objects" else FRAME_KEY
     columns = [pa.field(name, _TYPES.get(name, pa.int32()), nullable=False) for name in (*key, "source_frame")]
     for name, shape in fields.items():
-        columns += [pa.field(column, type_, nullable=False) for column, type_ in _columns(name, shape)]
+        element = pa.from_numpy_dtype((types or {}).get(name, np.dtype(np.float32)))
+        columns += [pa.field(column, type_, nullable=False) for column, type_ in _columns(name, shape, element)]
     if table == "frames":
         columns += [pa.field(name, pa.float32()) for name in ERRORS]
     twice = [name for name, n in Counter(column.name for column in columns).items() if n > 1]
     if twice:
         raise ValueError(f"table {table} would have two columns named {twice[0]}; rename the family's latents field")
-    description = {"schema": SCHEMA_VERSION, "table": table, **dataclasses.asdict(provenance)}
+    description: dict[str, Any] = {"schema": SCHEMA_VERSION, "table": table, **dataclasses.asdict(provenance)}
+    if shapes := {name: list(shape) for name, shape in fields.items() if len(shape) > 1}:
+        description["shapes"] = shapes
     return pa.schema(columns, metadata={METADATA_KEY: json.dumps(description, sort_keys=True).encode()})
 
 
@@ -202,18 +222,32 @@ def build(table: Table, blocks: Sequence[Block], fields: Sequence[str], provenan
         numbers = [np.tile(np.arange(k, dtype=np.int32), t) for k, t in zip(objects, lengths, strict=True)]
         columns["object"] = pa.array(np.concatenate(numbers))
     trailing: dict[str, tuple[int, ...]] = {}
+    types: dict[str, np.dtype[Any]] = {}
     for name in fields:
         arrays = [block.latents[name] for block in blocks]
+        types[name] = _KEPT_TYPES.get(arrays[0].dtype, np.dtype(np.float32))
         shapes = {array.shape[axes:] for array in arrays}
         if len(shapes) > 1:
             raise ValueError(f"{name} has different sizes in different clips: {sorted(shapes)}")
         trailing[name] = shapes.pop()
         rows = np.concatenate([array.reshape(array.shape[0] * math.prod(array.shape[1:axes]), -1) for array in arrays])
-        columns |= _arrays(name, trailing[name], rows.astype(np.float32))
+        columns |= _arrays(name, trailing[name], rows.astype(types[name], copy=False))
     if table == "frames":
         columns |= {name: _errors(name, blocks) for name in ERRORS}
-    wanted = schema(table, trailing, provenance)
+    wanted = schema(table, trailing, provenance, types)
     return pa.table([columns[name] for name in wanted.names], schema=wanted)
+
+
+def shapes_of(schema: pa.Schema) -> dict[str, tuple[int, ...]]:
+    """Trailing shapes of the fields whose lists hold more than a vector: (h, w) of masks, (h, w, c) of components."""
+    text = (schema.metadata or {}).get(METADATA_KEY)
+    return {} if text is None else {name: tuple(shape) for name, shape in json.loads(text).get("shapes", {}).items()}
+
+
+def group_rows(schema: pa.Schema) -> int:
+    """Rows of a row group: GROUP_ROWS, or fewer where they are large (GROUP_BYTES)."""
+    sizes = [math.prod(_list_shape(column)) * _width(_element_type(column)) for column in schema]
+    return max(1, min(GROUP_ROWS, GROUP_BYTES // max(sum(sizes), 1)))
 
 
 def write(rows: pa.Table, sink: BinaryIO) -> None:
@@ -722,16 +756,17 @@ def _to_runs(rows: pa.Table, fields: Fields) -> _Runs:
     if len(places) != len(first):
         raise ValueError("the rows of a clip do not lie side by side: these tables were not written by jobs/extract.py")
     arrays = {}
+    shapes = shapes_of(rows.schema)
     for name, columns in fields.items():
-        values = [_to_numpy(rows.column(column)) for column in columns]
+        values = [_to_numpy(rows.column(column), shapes.get(column)) for column in columns]
         arrays[name] = values[0] if len(values) == 1 else np.stack(values, axis=-1)
     return _Runs(places, arrays)
 
 
-def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+def _to_numpy(column: pa.ChunkedArray, shape: tuple[int, ...] | None) -> np.ndarray:
     values: Any = column.combine_chunks()
     if pa.types.is_fixed_size_list(values.type):
-        return values.flatten().to_numpy().reshape(len(values), -1)
+        return values.flatten().to_numpy().reshape(len(values), *(shape or (-1,)))
     return values.to_numpy(zero_copy_only=False)  # null becomes NaN
 
 
@@ -763,19 +798,19 @@ def _join(
     )
 
 
-def _columns(name: str, shape: tuple[int, ...]) -> list[tuple[str, pa.DataType]]:
+def _columns(name: str, shape: tuple[int, ...], element: pa.DataType) -> list[tuple[str, pa.DataType]]:
     if shape == ():
-        return [(name, pa.float32())]
+        return [(name, element)]
     size = math.prod(shape)
     if size == 0:
         raise ValueError(f"latents field {name} has an empty shape {shape}: it has nothing to store")
     if len(shape) == 1 and (name, size) in COMPONENTS:
-        return [(f"{name}_{component}", pa.float32()) for component in COMPONENTS[name, size]]
-    return [(name, pa.list_(pa.field("element", pa.float32()), size))]
+        return [(f"{name}_{component}", element) for component in COMPONENTS[name, size]]
+    return [(name, pa.list_(pa.field("element", element), size))]
 
 
 def _arrays(name: str, shape: tuple[int, ...], rows: np.ndarray) -> dict[str, pa.Array]:
-    columns = _columns(name, shape)
+    columns = _columns(name, shape, pa.from_numpy_dtype(rows.dtype))
     if len(columns) > 1:
         return {column: pa.array(np.ascontiguousarray(rows[:, i])) for i, (column, _) in enumerate(columns)}
     column, type_ = columns[0]
@@ -802,17 +837,27 @@ def _element_type(column: pa.Field) -> pa.DataType:
     return _storage(column).value_type if _is_list(column) else column.type
 
 
+def _list_shape(column: pa.Field) -> list[int]:
+    return [_storage(column).list_size] if _is_list(column) else []
+
+
+def _width(type_: pa.DataType) -> int:
+    """Bytes of a value; of a string about those of its number in a dictionary."""
+    return type_.bit_width // 8 if pa.types.is_primitive(type_) else 4
+
+
 def _parquet_path(column: pa.Field) -> str:
     return f"{column.name}.list.element" if _is_list(column) else column.name
 
 
 def _row_groups(rows: pa.Table) -> Iterator[tuple[int, int]]:
-    """Ranges of whole clips with about GROUP_ROWS rows each, so that one clip is read from one group."""
+    """Ranges of whole clips with about ``group_rows`` rows each, so that one clip is read from one group."""
+    most = group_rows(rows.schema)
     clips = rows.column("clip").combine_chunks().to_numpy(zero_copy_only=False)
     ends = [*(np.flatnonzero(clips[1:] != clips[:-1]) + 1).tolist(), len(clips)]
     first = previous = 0
     for end in ends:
-        if end - first > GROUP_ROWS and previous > first:
+        if end - first > most and previous > first:
             yield first, previous
             first = previous
         previous = end

@@ -61,7 +61,8 @@ class StepTimer:
 
     A step reaches from the end of one ``optimizer.step()`` to the end of the next. At every moment one part, the top of
     a stack, gets the time, so that the parts sum to the step: ``data`` is the wait for the reader, ``forward/NAME``
-    the model's child of that name without children that it calls in turn, ``gradient clip`` all between the last
+    the model's child of that name without children that it calls in turn, ``forward/gradients`` calls of
+    ``torch.autograd.grad`` in the forward pass, ``gradient clip`` all between the last
     ``backward()`` and the optimiser (norm, clipping, the check that it is finite), ``other`` the rest of the loop.
     """
 
@@ -91,6 +92,7 @@ class StepTimer:
         from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
         timer, micro_batches, backward = self, TrainingReader.micro_batches, torch.Tensor.backward
+        gradient = torch.autograd.grad
 
         def timed_micro_batches(reader: TrainingReader, position: int = 0) -> Generator[Any, None, None]:
             with contextlib.closing(micro_batches(reader, position)) as batches:
@@ -105,8 +107,18 @@ class StepTimer:
             backward(tensor, *arguments, **named)
             timer._leave(base="gradient clip")
 
+        def timed_gradient(*arguments: Any, **named: Any) -> Any:
+            inside = timer._stack[1:2] == ["forward"]  # iterative inference; backward may call it, too
+            if inside:
+                timer._enter("forward/gradients")
+            found = gradient(*arguments, **named)
+            if inside:
+                timer._leave()
+            return found
+
         self._undo.enter_context(replaced(TrainingReader, "micro_batches", timed_micro_batches))
         self._undo.enter_context(replaced(torch.Tensor, "backward", timed_backward))
+        self._undo.enter_context(replaced(torch.autograd, "grad", timed_gradient))
         self._undo.callback(register_optimizer_step_pre_hook(lambda *_: self._enter("optimiser")).remove)
         self._undo.callback(register_optimizer_step_post_hook(lambda *_: self._end_of_step()).remove)
         return self
@@ -316,9 +328,9 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Direct children that have a forward pass: a list of modules has none, its members do."""
+    """Children that have a forward pass: a list of modules, or one with other methods, has none, its members do."""
     for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+        if type(child).forward is nn.Module.forward:
             yield from ((f"{name}.{inner}", module) for inner, module in _children(child))
         else:
             yield name, child

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,13 @@ def block(clip: str, kind: str = "posterior", t: int = 5, k: int = 3) -> Block:
     )
 
 
-def write_folder(folder: Path, parts: Sequence[Sequence[Block]]) -> str:
+def write_folder(
+    folder: Path, parts: Sequence[Sequence[Block]], fields_of: Mapping[tables.Table, Sequence[str]] = FIELDS
+) -> str:
     entries = []
     for number, blocks in enumerate(parts):
         entry: dict[str, Any] = {"name": f"shard-{number:05d}"}
-        for table, fields in FIELDS.items():
+        for table, fields in fields_of.items():
             rows = tables.build(table, blocks, fields, PROVENANCE)
             entry[table] = tables.publish(rows, str(folder / table / f"{entry['name']}.parquet"))
         entries.append(entry)
@@ -211,6 +213,24 @@ def test_clips_of_other_shapes_are_refused_and_the_earlier_file_stays(odd: Block
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips.parquet", "tables"]
     export(ExportRun(folder, str(out), tensor=False))
     assert pq.read_table(out)["clip"].unique().to_pylist() == ["clip-a", "clip-b", "clip-c"]
+
+
+def test_images_keep_their_axes(tmp_path: Path):
+    blocks = []
+    for clip in ("clip-a", "clip-b"):
+        one = block(clip)
+        images = np.random.default_rng([*clip.encode()]).integers(
+            0, 256, (*one.latents["depth"].shape, 4, 5, 3), np.uint8
+        )
+        blocks.append(dataclasses.replace(one, latents={**one.latents, "component": images}))
+    folder = write_folder(tmp_path / "tables", [blocks], {"objects": ("depth", "component"), "frames": ("background",)})
+    out = str(tmp_path / "exports" / "out.parquet")
+    export(ExportRun(folder, out, columns=("component",)))
+    column = pq.read_table(out)["component"].combine_chunks()
+    assert column.type.dim_names == ["frame", "object", "row", "column", "channel"]
+    np.testing.assert_array_equal(column.to_numpy_ndarray(), [one.latents["component"] for one in blocks])
+    export(ExportRun(folder, out, columns=("component",), tensor=False))
+    assert tables.shapes_of(pq.read_schema(out)) == {"component": (4, 5, 3)}
 
 
 @pytest.mark.parametrize("tensor", [True, False])

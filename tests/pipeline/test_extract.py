@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +23,15 @@ import torch
 
 from objdyn.clips import Clip, collate, to_model_input, to_sample
 from objdyn.families import FAMILIES, build
+from objdyn.interface import Scene
+from objdyn.metrics.segmentation import match_tracks, segment
 from pipeline import extract as module
-from pipeline import failpoints, store, tables
+from pipeline import failpoints, store, tables, verify
 from pipeline.checkpoint import config_to_json, load_model, save_checkpoint
-from pipeline.config import ExtractRun
+from pipeline.config import ExtractRun, VerifyRun
 from pipeline.extract import Extractor, clip_blocks, extract
 from pipeline.presets import PRESETS
+from pipeline.reader import iter_clips, open_source
 
 FRAMES, CONTEXT, HORIZON = 5, 3, 4
 SHARDS = (3, 2, 1)
@@ -111,13 +114,13 @@ def write_dataset(folder: Path, sizes: tuple[int, ...] = SHARDS) -> str:
     return str(folder)
 
 
-def write_checkpoint(folder: Path, seed: int, step: int = 0, best: bool = False) -> str:
-    """A run folder with one more checkpoint of an untrained DDLP."""
-    run = PRESETS["ddlp"]["debug"]
+def write_checkpoint(folder: Path, seed: int, step: int = 0, best: bool = False, family: str = "ddlp") -> str:
+    """A run folder with one more checkpoint of an untrained model."""
+    run = PRESETS[family]["debug"]
     torch.manual_seed(seed)
     model = build(run.model)
     optimizer = torch.optim.Adam(model.parameters())
-    state = {"family": "ddlp", "model": config_to_json(run.model), "run": config_to_json(run)}
+    state = {"family": family, "model": config_to_json(run.model), "run": config_to_json(run)}
     save_checkpoint(str(folder), step, model=model, optimizer=optimizer, state=state, keep_last=1, best=best)
     return str(folder)
 
@@ -432,6 +435,151 @@ def test_a_simulator_is_a_source(make_run: Callable[..., ExtractRun]):
     extract(run)
     assert tables.read_frames(run.out)["clip"].unique().to_pylist() == ["test-000000"]
     assert tables.read_manifest(run.out)["dataset_id"] == "sim:balls-interaction/test"
+
+
+BALLS = PRESETS["iodine"]["debug"].data
+EVERYTHING: dict[str, Any] = {"mask_summary": True, "masks": True, "components": True}
+
+
+def first_ball_clip() -> Clip:
+    return next(iter_clips(open_source(BALLS, "test"), limit=1, length=12))
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_slots_without_identity_get_tracks_matched_by_masks(
+    make_run: Callable[..., ExtractRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoint = write_checkpoint(tmp_path / "run", seed=0, family="iodine")
+    clip = first_ball_clip()
+    model = load_model(checkpoint).model
+    with torch.no_grad():
+        latents = model.encode(to_model_input(collate([clip])))
+        # As a trained model may: in every second frame two slots have changed places.
+        latents = type(latents)(*(field.clone() for field in latents))
+        for field in latents:
+            field[:, 1::2, :2] = field[:, 1::2, :2].flip(2)
+        monkeypatch.setattr(type(model), "encode", lambda *_: latents)
+        masks = model.decode(latents, components=True).masks
+    settings: dict[str, Any] = {"checkpoint": checkpoint, "data": BALLS, "context": None, "horizon": None}
+    run = make_run(limit=1, **settings)
+    extract(run)
+    found = tables.load_clip(run.out, clip.key)
+    assert set(found.objects) == {"mean", "log_var", "track"}
+    np.testing.assert_array_equal(found.objects["mean"], latents.mean[0].numpy())
+    expected = match_tracks(segment(masks.numpy())[0], 3)
+    np.testing.assert_array_equal(found.objects["track"], expected)
+    assert len(np.unique(expected, axis=0)) > 1
+    assert found.objects["track"].dtype == np.int32
+    assert not tables.read_manifest(run.out)["object_is_track"]
+    assert verify.verify(VerifyRun(run.out)).startswith("ok: tables")
+    with pytest.raises(ValueError, match="a iodine model carries no recurrent state; leave out --state"):
+        extract(make_run(state=True, **settings))
+    with pytest.raises(ValueError, match="a iodine model cannot predict"):
+        extract(make_run(**{**settings, "context": 2, "horizon": 2}))
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_masks_components_and_state_come_on_request(make_run: Callable[..., ExtractRun], tmp_path: Path):
+    checkpoint = write_checkpoint(tmp_path / "run", seed=0, family="provide")
+    settings: dict[str, Any] = {"checkpoint": checkpoint, "data": BALLS, "limit": 1, "state": True}
+    run = make_run(**settings, **EVERYTHING)
+    extract(run)
+    assert verify.verify(VerifyRun(run.out)).startswith("ok: tables")
+    clip = first_ball_clip()
+    model = load_model(checkpoint).model
+    with torch.no_grad():
+        posterior = model.encode(to_model_input(collate([clip])))
+        seen = type(posterior)(*(field[:, :CONTEXT] for field in posterior))
+        future = model.rollout(seen, HORIZON)
+        for kind, latents in (("posterior", posterior), ("predicted", future)):
+            found = tables.load_clip(run.out, clip.key, kind=kind)
+            scene = model.decode(latents, components=True)
+            for name in ("mean", "log_var", "hidden", "cell"):
+                np.testing.assert_allclose(found.objects[name], getattr(latents, name)[0], rtol=1e-5, atol=1e-6)
+            masks, components = scene.masks[0, :, :, 0].numpy(), scene.components[0].movedim(2, 4).numpy()
+            assert found.objects["mask"].dtype == found.objects["component"].dtype == np.uint8
+            np.testing.assert_allclose(found.objects["mask"] / 255, masks, atol=0.51 / 255)
+            np.testing.assert_allclose(found.objects["component"] / 255, components, atol=0.51 / 255)
+            np.testing.assert_allclose(found.objects["mask_area"].sum(1), 1.0, rtol=1e-6)
+            assert np.abs(found.objects["mask_y"]).max() <= 1
+            assert found.frames == {}
+    whole = next(tables.iter_clips(run.out)).objects["component"]
+    np.testing.assert_array_equal(tables.ClipDataset(run.out)[0].objects["component"], whole)
+    with pytest.raises(
+        ValueError, match=r"holds tables with extras \['mask_summary', 'masks', 'components', 'state'\],"
+    ):
+        extract(make_run(**settings))
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_folder_from_before_there_were_extras_goes_on(make_run: Callable[..., ExtractRun]):
+    run = make_run(limit=1, context=None, horizon=None)
+    extract(run)
+    path = Path(run.out, "settings.json")
+    settings = {name: value for name, value in module._plan(run, run.out)[0].settings.items() if name != "extras"}
+    path.write_bytes(store.sealed_json(settings))
+    extract(run)
+    with pytest.raises(ValueError, match=r"with extras \[\], but this run has extras \['masks'\]; choose"):
+        extract(dataclasses.replace(run, masks=True))
+
+
+def test_a_background_is_no_object_and_its_pixels_are_nobodys(checkpoint: str):
+    clip = Clip("clip-0", video(0), 25.0, 0, 1, "0.mp4")
+    model = load_model(checkpoint).model
+    (block,) = clip_blocks(model, FAMILIES["ddlp"], [clip], extras=tuple(EVERYTHING))
+    with torch.no_grad():
+        masks = model.decode(model.encode(to_model_input(collate([clip]))), components=True).masks.numpy()
+    assert block.latents["mask"].shape == (FRAMES, 4, 64, 64)
+    assert block.latents["component"].shape == (FRAMES, 4, 64, 64, 3)
+    np.testing.assert_allclose(block.latents["mask"] / 255, masks[0, :, 1:, 0], atol=0.51 / 255)
+    won = segment(masks)[0, :, None] == np.arange(1, 5)[:, None, None]
+    np.testing.assert_allclose(block.latents["mask_area"], won.mean(axis=(2, 3)))
+
+
+def test_mask_summary_of_masks_drawn_by_hand():
+    masks = np.zeros((1, 1, 3, 3, 5), np.float32)
+    masks[0, 0, 0] = 0.6
+    masks[0, 0, 1, 2, 3:] = 1.0  # two pixels of the last row
+    masks[0, 0, 2, 0, 0] = 0.3  # wins no pixel
+    found = module._mask_summary(masks, masks.argmax(axis=2))
+    np.testing.assert_allclose(found["mask_area"][0, 0], [13 / 15, 2 / 15, 0])
+    np.testing.assert_allclose(found["mask_y"][0, 0, 1:], [1, -1])
+    np.testing.assert_allclose(found["mask_x"][0, 0], [-(0.5 + 1) / 13, 0.75, -1])
+
+
+def test_tracks_of_predicted_frames_go_on_from_the_context():
+    model, family = load_toy_slots()
+    clips = [Clip("clip-0", np.zeros((3, 1, 4, 3), np.uint8), 25.0, 0, 1, "0.mp4")]
+    blocks = clip_blocks(model, family, clips, context=2, horizon=2)
+    assert [block.latents["track"].tolist() for block in blocks] == [[[0, 1], [1, 0], [1, 0]], [[1, 0], [1, 0]]]
+
+
+def test_a_model_without_masks_says_what_to_leave_out():
+    model, family = load_toy_slots(masks=False)
+    with pytest.raises(ValueError, match="renders no masks; leave out --mask-summary, --masks and --components"):
+        clip_blocks(model, family, [Clip("clip-0", np.zeros((3, 1, 4, 3), np.uint8), 25.0, 0, 1, "0.mp4")])
+
+
+def load_toy_slots(masks: bool = True) -> Any:
+    """Two slots, left and right, which change places after the first frame; and its family."""
+
+    class Latents(NamedTuple):
+        mean: torch.Tensor
+
+    class Toy:
+        def encode(self, frames: torch.Tensor) -> Latents:
+            left = torch.tensor([0.0, 1.0, 1.0])[: frames.shape[1]]
+            return Latents(torch.stack([left, 1 - left], dim=-1)[None, :, :, None])
+
+        def rollout(self, latents: Latents, horizon: int) -> Latents:
+            return Latents(latents.mean[:, -1:].expand(-1, horizon, -1, -1))
+
+        def decode(self, latents: Latents, components: bool = False) -> Scene:
+            right = torch.tensor([0.0, 0.0, 1.0, 1.0]).view(1, 1, 4)
+            shares = (latents.mean[..., None, None] == right).float()
+            return Scene(torch.zeros(*shares.shape[:2], 3, 1, 4), shares if masks else None, None)
+
+    return Toy(), FAMILIES["ddlp"]._replace(tracked=False, object_columns=("mean",), frame_columns=())
 
 
 @pytest.mark.usefixtures("without_ray")

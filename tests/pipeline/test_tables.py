@@ -7,7 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -82,12 +82,17 @@ def folder(tmp_path: Path, blocks: list[Block]) -> str:
     return write_folder(tmp_path, [[b for b in blocks if b.clip == clip] for clip in ("clip-a", "clip-b")])
 
 
-def write_folder(folder: Path, parts: Sequence[Sequence[Block]], frames: Sequence[Sequence[Block]] = ()) -> str:
+def write_folder(
+    folder: Path,
+    parts: Sequence[Sequence[Block]],
+    frames: Sequence[Sequence[Block]] = (),
+    fields_of: Mapping[tables.Table, Sequence[str]] = FIELDS,
+) -> str:
     """A finished folder of tables; ``frames`` are other blocks for frames/."""
     entries = []
     for number, blocks in enumerate(parts):
         entry: dict[str, Any] = {"name": f"shard-{number:05d}"}
-        for table, fields in FIELDS.items():
+        for table, fields in fields_of.items():
             rows = tables.build(table, frames[number] if frames and table == "frames" else blocks, fields, PROVENANCE)
             entry[table] = tables.publish(rows, str(folder / table / f"{entry['name']}.parquet"))
         entries.append(entry)
@@ -224,6 +229,44 @@ def test_row_groups_hold_whole_clips(monkeypatch: pytest.MonkeyPatch):
     groups = [file.read_row_group(i, ["clip"])["clip"].unique().to_pylist() for i in range(file.num_row_groups)]
     assert groups == [["clip-00", "clip-01"], ["clip-02"], ["clip-03"], ["clip-04", "clip-05"], ["clip-06"]]
     assert file.read().equals(rows)
+
+
+IMAGES: tuple[str, ...] = ("depth", "track", "mask", "component")
+
+
+def image_blocks(*clips: str) -> list[Block]:
+    """Blocks of small images, whose values follow from the clip."""
+    blocks = []
+    for number, clip in enumerate(clips):
+        one = block(clip, t=2, k=3)
+        images = np.random.default_rng(number).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
+        more = {"track": images[..., 0, 0, 0].astype(np.int32), "mask": images[..., 0], "component": images}
+        blocks.append(dataclasses.replace(one, latents={**one.latents, **more}))
+    return blocks
+
+
+def test_images_keep_their_bytes_and_their_shape(tmp_path: Path):
+    blocks = image_blocks("clip-a", "clip-b")
+    folder = write_folder(tmp_path, [blocks], fields_of={"objects": IMAGES, "frames": ()})
+    schema = pq.read_schema(tmp_path / "objects" / "shard-00000.parquet")
+    assert schema.field("component").type == pa.list_(pa.field("element", pa.uint8()), 60)
+    assert schema.field("track").type == pa.int32()
+    assert tables.shapes_of(schema) == {"mask": (4, 5), "component": (4, 5, 3)}
+    for found in (tables.load_clips(folder), list(ClipDataset(folder)), [tables.load_clip(folder, "clip-a")]):
+        for clip, written in zip(found, blocks, strict=False):
+            for name in IMAGES:
+                assert clip.objects[name].dtype == written.latents[name].dtype
+                np.testing.assert_array_equal(clip.objects[name], written.latents[name])
+
+
+def test_row_groups_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch):
+    rows = tables.build("objects", image_blocks("clip-a", "clip-b", "clip-c"), IMAGES, PROVENANCE)
+    assert tables.group_rows(rows.schema) == tables.GROUP_ROWS
+    row = 20 + 60 + 4 + 4 + 8 * 4  # mask, component, depth, track, ids
+    monkeypatch.setattr(tables, "GROUP_BYTES", 12 * row)
+    assert tables.group_rows(rows.schema) == 12
+    groups = pq.ParquetFile(io.BytesIO(to_bytes(rows))).metadata
+    assert [groups.row_group(i).num_rows for i in range(groups.num_row_groups)] == [12, 6]
 
 
 def test_the_layout_in_the_file(objects: pa.Table):
