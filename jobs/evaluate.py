@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""A checkpoint measured beside baselines:  jobs/evaluate.py --checkpoint RUN --data DIR --out DIR --horizon 40"""
+"""A checkpoint measured beside baselines:  jobs/evaluate.py --checkpoint RUN --data DIR --out DIR --horizon 40
+
+A paper's tables:  jobs/evaluate.py --protocol bouncing-balls --checkpoint RUN --out DIR
+"""
 
 from pipeline.cli import main
 from pipeline.config import EvaluateRun
@@ -7,10 +10,16 @@ from pipeline.config import EvaluateRun
 
 def evaluate(run: EvaluateRun) -> str:
     from pipeline import store
+
+    out = store.resolve(run.out, "--out")
+    if run.protocol:
+        from pipeline.protocol import bouncing_balls_protocol
+
+        return f"{bouncing_balls_protocol(run)}\n\nresults: {store.join(out, 'protocol.json')}"
     from pipeline.evaluate import evaluate
 
     evaluate(run)
-    return f"report: {store.join(store.resolve(run.out, '--out'), 'report.html')}"
+    return f"report: {store.join(out, 'report.html')}"
 
 
 if __name__ == "__main__":

@@ -102,9 +102,7 @@ def draw_particles(
     )
 
 
-def mask_overlay(
-    frames: np.ndarray, masks: np.ndarray, opacity: float = 0.6, *, background: bool = True
-) -> np.ndarray:
+def mask_overlay(frames: np.ndarray, masks: np.ndarray, opacity: float = 0.6, *, background: bool = True) -> np.ndarray:
     """Tint each pixel with the colour of the component that claims it; component 0, the background, stays untinted.
 
     Args:

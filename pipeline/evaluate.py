@@ -3,7 +3,7 @@
 Clips stream through in the manifest's order. A clip is encoded and decoded whole (reconstruction), and from its first
 ``context`` frames the next ``horizon`` are predicted. Metrics are computed per frame and averaged over every frame of
 every clip, those of the baselines on the same frames. A metric that cannot be had is ``null``, with its reason under
-``reasons``.
+``reasons``. Clips with a true segmentation also get the metrics of ``segments.py``, for any family that has masks.
 
 Which clips are the worst, the median and the best is known only after all of them: those few are then read and encoded
 again for the report.
@@ -23,13 +23,22 @@ from objdyn.clips import Clip, collate, stack_truth, to_frames, to_model_input
 from objdyn.families import FAMILIES, Family
 from objdyn.metrics import position
 from objdyn.metrics.image import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
-from pipeline import store
-from pipeline.checkpoint import Loaded, code_revision, load_model
+from pipeline import segments, store
+from pipeline.checkpoint import Loaded, code_revision, load_model, load_weights
 from pipeline.cli import command
-from pipeline.config import EvaluateRun, torch_device
+from pipeline.config import EvaluateRun, parse_model_settings, torch_device
 from pipeline.facts import ClipFacts, stored_facts
 from pipeline.reader import Source, has_split, iter_clips, open_source
-from pipeline.report import Particles, ReportClip, read_history, training_facts, versions, write_report
+from pipeline.report import (
+    LatentWalk,
+    Particles,
+    Parts,
+    ReportClip,
+    read_history,
+    training_facts,
+    versions,
+    write_report,
+)
 
 SCHEMA = 1
 FRAME_METRICS = {"mse": frame_mse, "psnr": frame_psnr, "ssim": frame_ssim}
@@ -48,6 +57,10 @@ REPORT_EVERY = 10.0
 SAME_DB = 0.01
 """Clips that are encoded again for the report, among others than before, may differ by so much in their mean PSNR. On a
 CPU 0.00002 dB were seen, from sums in another order; a report with more than this says so."""
+WALK_VALUES = tuple(float(value) for value in np.linspace(-2.5, 2.5, 7))
+"""What a latent walk sets a dimension to, as PROVIDE's released code does."""
+WALK_DIMENSIONS = 4
+"""Dimensions walked along: those that spread most over the clip's slots."""
 
 Scores = dict[str, np.ndarray]
 """Name of a metric -> (clips, frames)."""
@@ -75,6 +88,12 @@ class Made(NamedTuple):
     predicted: Any
     """Latents of the frames after the context, with ``scene``; None where nothing is predicted."""
     scene: Tensor | None
+    segments: np.ndarray | None = None
+    """Component of each pixel of ``recon``, (b, t, h, w); None where masks are not asked for."""
+    predicted_segments: np.ndarray | None = None
+    """The same of ``scene``."""
+    last_segments: np.ndarray | None = None
+    """The same of the last frame of the context, encoded without those after it: (b, 1, h, w)."""
 
 
 class Measured(NamedTuple):
@@ -84,6 +103,8 @@ class Measured(NamedTuple):
     tracks: Tracks | str
     """A string says why there are none."""
     facts: ClipFacts
+    segmented: segments.Scores
+    """Empty where no clip has a true segmentation."""
 
 
 class Choice(NamedTuple):
@@ -105,7 +126,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     checkpoint, data = store.resolve(run.checkpoint, "--checkpoint"), store.resolve(run.data, "--data")
     device = torch_device(run.device)
     source = open_source(data, run.split)
-    loaded = load_model(checkpoint, device=device, which=run.which)
+    loaded, changed = open_model(run, checkpoint, device)
     family = FAMILIES[loaded.family]
     reasons: dict[str, str] = {}
     horizon = _horizon(run, source, family, loaded.family, reasons)
@@ -116,7 +137,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
 
     stored = stored_facts(data, source)
     measured = _measure(run, source, loaded, family, horizon, background, "ssim" not in reasons)
-    scores, tracks, facts = measured
+    scores, tracks, facts, segmented = measured
     ranked_by = "predict_psnr" if horizon else "recon_psnr"
     choices = choose_clips(scores[ranked_by].mean(axis=1), run.report_clips)
     drawn, notes = _draw(run, source, loaded, family, horizon, choices, measured)
@@ -132,6 +153,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         "context": run.context,
         "horizon": horizon,
         "command": command("jobs/evaluate.py", run),
+        "model_settings_changed": changed,
         "code": code_revision(),
         "versions": versions(),
         "device": str(device),
@@ -146,6 +168,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     }
     summarise_frames(metrics, scores, reasons)
     summarise_positions(metrics, tracks, run, source, horizon, reasons)
+    summarise_segmentation(metrics, segmented, loaded.family, reasons)
     metrics["reasons"] = {name: reasons[name] for name in sorted(reasons) if name in metrics}
     history, problems = read_history(_run_folder(checkpoint))
     write_report(
@@ -159,6 +182,21 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     )
     store.publish_json(store.join(run_out, "metrics.json"), metrics)
     return metrics
+
+
+def open_model(
+    run: EvaluateRun, checkpoint: str, device: torch.device, more: Mapping[str, Any] | None = None
+) -> tuple[Loaded, dict[str, Any]]:
+    """Load the model with the settings of ``run.set``, and of ``more`` over them; also those settings, by name.
+
+    Raises:
+        ValueError: there is no such checkpoint or setting, or the weights do not fit it.
+    """
+    changed = dict(more or {})
+    if run.set:
+        changed = parse_model_settings(run.set, load_weights(checkpoint, which=run.which).config) | changed
+    loaded = load_model(checkpoint, device=device, which=run.which, overrides=changed)
+    return loaded, {f"model.{name}": list(v) if isinstance(v, tuple) else v for name, v in changed.items()}
 
 
 def summarise_frames(metrics: dict[str, Any], scores: Mapping[str, np.ndarray], reasons: dict[str, str]) -> None:
@@ -228,6 +266,70 @@ def summarise_positions(
         reasons["med10_lost_share"] = reasons.get("med10", "no object is present in the first predicted frame")
 
 
+def summarise_segmentation(
+    metrics: dict[str, Any], found: segments.Scores, family: str, reasons: dict[str, str]
+) -> None:
+    """Add the metrics of ``segments.KEYS``, as the frame metrics have them; NaN rows are clips without truth."""
+    with_truth = np.zeros(0, dtype=bool)
+    counted = {"segmented_clips": 0, "frames_without_objects": 0}
+    if found:
+        with_truth = np.isfinite(found["one_cluster_ari"]).all(axis=1)
+        empty = np.isnan(found["one_cluster_matched_iou"][with_truth])
+        counted = {"segmented_clips": int(with_truth.sum()), "frames_without_objects": int(empty.sum())}
+    metrics |= counted
+    metrics["notes"] = {}
+    for key in segments.KEYS:
+        metrics[key], (prefix, predicts, name) = None, _parts_of(key)
+        if predicts and "predict" in reasons:
+            reasons[key] = reasons["predict"]
+            continue
+        if not found:
+            reasons[key] = "the clips hold no true segmentation"
+            continue
+        known = np.isfinite(found[f"{prefix}{predicts}ari"]).all(axis=1)
+        if broken := int((with_truth & ~known).sum()):
+            reasons[key] = f"the masks of {broken} clips hold values that are not finite"
+            continue
+        if name == "swap_rate":
+            swaps = segments.rate(found, prefix)
+            total = np.nansum(swaps, axis=0)
+            if not total[1]:
+                reasons[key] = "no object is visible in two frames of a clip"
+                continue
+            metrics[key] = float(total[0] / total[1])
+            with np.errstate(invalid="ignore"):
+                _add_interval(metrics, key, np.divide(*_resample(swaps).T))
+            per_clip = [pair[0] / pair[1] if pair[1] > 0 else np.nan for pair in swaps]
+        else:
+            values = found[key]
+            metrics[key] = _finite(_mean(values))
+            if metrics[key] is None:
+                reasons[key] = "no frame shows an object"
+                continue
+            per_clip = _mean(values, axis=1)
+            metrics["std"][key] = float(values[np.isfinite(values)].std())
+            _add_interval(metrics, key, _resample(per_clip[:, None])[:, 0])
+            if name not in segments.WHOLE:
+                metrics["curves"][key] = [_finite(value) for value in _mean(values, axis=0)]
+        metrics["per_clip"][key] = [_finite(value) for value in per_clip]
+        if name in segments.WHOLE and not prefix and not FAMILIES[family].tracked:
+            metrics["notes"][key] = f"slots of family {family} carry no identity from frame to frame"
+
+
+def _parts_of(key: str) -> tuple[str, str, str]:
+    """Prefix of the baseline, ``predict_`` or nothing, and name of a segmentation metric."""
+    prefix = next((f"{name}_" for name in (*segments.BASELINES, "copy_last") if key.startswith(name)), "")
+    name = key.removeprefix(prefix)
+    return prefix, "predict_" * name.startswith("predict_"), name.removeprefix("predict_")
+
+
+def _mean(values: np.ndarray, axis: int | None = None) -> Any:
+    """Mean of what is not NaN; NaN where nothing is left."""
+    known = ~np.isnan(values)
+    count = known.sum(axis=axis)
+    return np.where(count > 0, np.where(known, values, 0.0).sum(axis=axis) / np.maximum(count, 1), np.nan)
+
+
 def choose_clips(scores: np.ndarray, count: int) -> list[Choice]:
     """Choose the worst, the median and the best clips by their scores, ``count`` in all, each clip once.
 
@@ -286,12 +388,14 @@ def _measure(
     flat = None if background is None else torch.from_numpy(background / 255).permute(2, 0, 1).to(device)
     parts: dict[str, list[np.ndarray]] = {}
     tracked: list[Tracks] = []
+    segmented: list[tuple[int, segments.Scores]] = []
     facts = ClipFacts()
     total = min(sum(source.shard_sizes), run.limit or sys.maxsize)
     done, started, told = 0, time.monotonic(), time.monotonic()
     stream = iter_clips(source, run.limit, truth=_truth(family))
-    for clips in _batches(stream, run.batch_size):
-        video, made = _apply(loaded.model, clips, family, run.context, horizon, device)
+    for clips in batches(stream, run.batch_size):
+        masks = segments.has_truth(clips)
+        video, made = _apply(loaded.model, clips, family, run.context, horizon, device, masks)
         for clip in clips:
             facts.add(clip)  # before the first number is fetched from a GPU, which works meanwhile
         pairs = {"recon": (made.recon, video)}
@@ -306,6 +410,7 @@ def _measure(
                 values = FRAME_METRICS[metric](*pair).double().cpu().numpy()
                 parts.setdefault(f"{name}_{metric}", []).append(values)
         tracked += _tracks_of(clips, made.latents, made.predicted)
+        segmented.append((len(clips), _segment_scores(clips, made, run.context, horizon) if masks else {}))
         done += len(clips)
         if time.monotonic() - told > REPORT_EVERY or done == total:
             told = time.monotonic()
@@ -317,26 +422,39 @@ def _measure(
         # The constant background is scored once over the whole clip; its predicted frames are a part of that.
         if horizon and (whole := scores.get(f"constant_background_recon_{metric}")) is not None:
             scores[f"constant_background_predict_{metric}"] = whole[:, run.context : run.context + horizon]
-    return Measured(scores, _join_tracks(tracked, family, loaded.family), facts)
+    return Measured(scores, _join_tracks(tracked, family, loaded.family), facts, segments.join(segmented))
 
 
 def _apply(
-    model: Any, clips: Sequence[Clip], family: Family, context: int, horizon: int, device: torch.device
+    model: Any, clips: Sequence[Clip], family: Family, context: int, horizon: int, device: torch.device, masks: bool
 ) -> tuple[Tensor, Made]:
     """Encode and decode clips whole, and predict from their first frames; also the video that the model was given."""
     video = to_model_input(collate(clips), device)
     inputs = stack_truth(clips, family.inputs, device)
     with torch.no_grad():
         latents = model.encode(video, **inputs)
-        recon = model.decode(latents).video
+        recon, found, _ = segments.render(model, latents, masks)
         if not horizon:
-            return video, Made(latents, recon, None, None)
-        predicted = model.rollout(model.encode(video[:, :context], **inputs), horizon)
-        return video, Made(latents, recon, predicted, model.decode(predicted).video)
+            return video, Made(latents, recon, None, None, found)
+        seen = model.encode(video[:, :context], **inputs)
+        predicted = model.rollout(seen, horizon)
+        scene, ahead, _ = segments.render(model, predicted, masks)
+        last = segments.render(model, segments.cut(seen, context - 1, context), masks).segments if masks else None
+        return video, Made(latents, recon, predicted, scene, found, ahead, last)
+
+
+def _segment_scores(clips: Sequence[Clip], made: Made, context: int, horizon: int) -> segments.Scores:
+    assert made.segments is not None
+    scores = segments.recon_scores(clips, made.segments)
+    if made.predicted_segments is not None and made.last_segments is not None:
+        scores |= segments.predict_scores(
+            clips, made.predicted_segments, made.last_segments, context=context, horizon=horizon
+        )
+    return scores
 
 
 def _truth(family: Family) -> tuple[str, ...]:
-    return ("positions", "present", *family.inputs)
+    return ("positions", "present", "segmentation", *family.inputs)
 
 
 def _position_predictions(
@@ -398,6 +516,13 @@ def _add_interval(metrics: dict[str, Any], key: str, means: np.ndarray) -> None:
     finite = means[np.isfinite(means)]
     if len(finite):
         metrics["interval95"][key] = [float(v) for v in np.quantile(finite, (0.025, 0.975))]
+
+
+def confidence_interval(per_clip: np.ndarray) -> list[float] | None:
+    """95 % interval of the mean of one number per clip, from a bootstrap over clips; None where no number is known."""
+    metrics: dict[str, Any] = {"interval95": {}}
+    _add_interval(metrics, "", _resample(per_clip[:, None])[:, 0])
+    return metrics["interval95"].get("")
 
 
 def _horizon(run: EvaluateRun, source: Source, family: Family, name: str, reasons: dict[str, str]) -> int:
@@ -478,12 +603,13 @@ def _join_tracks(rows: Sequence[Tracks], family: Family, name: str) -> Tracks | 
         predicted=np.stack(predicted) if predicted else None,
         predicted_presence=np.stack(predicted_presence) if predicted_presence else None,
         # Clips may differ in their number of objects: the missing ones are absent.
-        true=np.stack([_pad_objects(row.true, most) for row in rows]),
-        present=np.stack([_pad_objects(row.present, most) for row in rows]),
+        true=np.stack([pad_objects(row.true, most) for row in rows]),
+        present=np.stack([pad_objects(row.present, most) for row in rows]),
     )
 
 
-def _pad_objects(array: np.ndarray, count: int) -> np.ndarray:
+def pad_objects(array: np.ndarray, count: int) -> np.ndarray:
+    """Truth (t, n, ...) with room for ``count`` objects; the further ones are zeros, so not present."""
     return np.pad(array, [(0, 0), (0, count - array.shape[1])] + [(0, 0)] * (array.ndim - 2))
 
 
@@ -502,17 +628,20 @@ def _draw(
     numbers = iter(sorted(ranks))
     drawn: dict[int, ReportClip] = {}
     notes = []
-    for clips in _batches(_clips_at(source, sorted(ranks), _truth(family)), run.batch_size):
-        video, made = _apply(loaded.model, clips, family, run.context, horizon, device)
+    for clips in batches(_clips_at(source, sorted(ranks), _truth(family)), run.batch_size):
+        masks = "position" not in family.object_columns
+        video, made = _apply(loaded.model, clips, family, run.context, horizon, device, masks)
         pairs = {"recon_psnr": (made.recon, video)}
         if made.scene is not None:
             pairs["predict_psnr"] = (made.scene, video[:, run.context : run.context + horizon])
         again = {name: frame_psnr(*pair).double().mean(dim=1).cpu().numpy() for name, pair in pairs.items()}
         for i, clip in enumerate(clips):
             number = next(numbers)
-            drawn[number] = _drawn(loaded.model, clip, made, i, run.context)._replace(
+            drawn[number] = _drawn(loaded.model, clip, made, i, run.context, family)._replace(
                 rank=ranks[number], scores=_scores_of(measured.scores, number)
             )
+            if number == choices[0].clip and hasattr(made.latents, "slots"):
+                drawn[number] = drawn[number]._replace(walk=_walk(loaded.model, made.latents, i, drawn[number]))
             for name, values in again.items():
                 before = measured.scores[name][number].mean()
                 if not (abs(values[i] - before) <= SAME_DB or np.isnan([values[i], before]).all()):
@@ -543,13 +672,23 @@ def _scores_of(scores: Scores, number: int) -> dict[str, float]:
     return {label: float(scores[name][number].mean()) for name, label in labels.items() if name in scores}
 
 
-def _drawn(model: Any, clip: Clip, made: Made, i: int, context: int) -> ReportClip:
+def _drawn(model: Any, clip: Clip, made: Made, i: int, context: int, family: Family) -> ReportClip:
     """What the report shows of clip ``i`` of a batch."""
-    frame = min(context, len(clip.frames)) - 1
-    latents = type(made.latents)(*(field[i : i + 1, frame : frame + 1] for field in made.latents))
+    total = len(clip.frames)
+    shown = [min(context, total) - 1]
+    if made.segments is not None:
+        shown = sorted({0, *shown, total - 1})
+    latents = type(made.latents)(*(field[i : i + 1, shown] for field in made.latents))
     with torch.no_grad():
-        one = model.decode(latents, components=True)
-    last = clip.start_frame + (len(clip.frames) - 1) * clip.stride
+        scene = model.decode(latents, components=True)
+    parts: tuple[Parts, ...] = ()
+    background = True
+    if scene.masks is not None and scene.components is not None:
+        objects = getattr(made.latents, family.object_columns[0]).shape[2]
+        background = scene.masks.shape[2] > objects
+        masks = scene.masks[0, :, :, 0].float().cpu().numpy()
+        parts = tuple(Parts(t, masks[j], _pixels(scene.components[0, j])) for j, t in enumerate(shown))
+    last = clip.start_frame + (total - 1) * clip.stride
     return ReportClip(
         key=clip.key,
         source=f"{clip.source}, frames {clip.start_frame} to {last}",
@@ -562,10 +701,35 @@ def _drawn(model: Any, clip: Clip, made: Made, i: int, context: int) -> ReportCl
         predicted_particles=None if made.predicted is None else _particles(made.predicted, i),
         positions=clip.truth.get("positions"),
         present=clip.truth.get("present"),
-        masks=None if one.masks is None else one.masks[0, 0, :, 0].float().cpu().numpy(),
-        components=None if one.components is None else _pixels(one.components[0, 0]),
-        component_frame=frame,
+        segments=None if made.segments is None else made.segments[i],
+        predicted_segments=None if made.predicted_segments is None else made.predicted_segments[i],
+        parts=parts,
+        has_background=background,
     )
+
+
+def _walk(model: Any, latents: Any, i: int, drawn: ReportClip) -> LatentWalk:
+    """The last frame of clip ``i``, decoded with one dimension of one slot at other values.
+
+    The slot is the one with the second largest segment (the largest is mostly the background); the dimensions are
+    those with the largest standard deviation over the clip's frames and slots.
+    """
+    slots = torch.nan_to_num(latents.slots[i])  # (t, k, d)
+    dimensions = slots.flatten(0, 1).std(dim=0).argsort(descending=True, stable=True)[:WALK_DIMENSIONS].tolist()
+    masks = drawn.parts[-1].masks
+    areas = np.bincount(np.nan_to_num(masks).argmax(axis=0).ravel(), minlength=len(masks))
+    slot = int(np.argsort(-areas, kind="stable")[1])
+    last = type(latents)(*(field[i : i + 1, -1:] for field in latents))
+    count = len(dimensions) * len(WALK_VALUES)
+    many = type(latents)(*(field.expand(count, *field.shape[1:]) for field in last))
+    moved = many.slots.clone()
+    for row, (dimension, value) in enumerate(itertools.product(dimensions, WALK_VALUES)):
+        moved[row, 0, slot, dimension] = value
+    with torch.no_grad():
+        video = model.decode(many._replace(slots=moved)).video[:, 0]
+    frames = _pixels(video).reshape(len(dimensions), len(WALK_VALUES), *drawn.frames.shape[1:3], -1)
+    names = tuple(f"dimension {dimension}" for dimension in dimensions)
+    return LatentWalk(frames, WALK_VALUES, names, slot=slot, frame=len(drawn.frames) - 1)
 
 
 def _pixels(video: Tensor) -> np.ndarray:
@@ -580,7 +744,8 @@ def _particles(latents: Any, i: int) -> Particles | None:
     return Particles(latents.position[i].float().cpu().numpy(), shown, scale)
 
 
-def _batches(clips: Iterator[Clip], size: int) -> Iterator[list[Clip]]:
+def batches(clips: Iterator[Clip], size: int) -> Iterator[list[Clip]]:
+    """Group clips by ``size``; the last group may be smaller."""
     while batch := list(itertools.islice(clips, size)):
         yield batch
 

@@ -228,7 +228,7 @@ _IODINE_DEBUG = TrainRun(
     eval_clips=2,
     checkpoint_every=10,
 )
-# What a short run on one CPU core needs, found by single runs (objdyn/models/LOG.md): one ball, then two, three, four,
+# What a short run on one CPU core needs, found by single runs (objdyn/models/LOG.md): one ball, then two, then three,
 # with a slot for each, or the slots never part; balls that are large for their 24 pixels, in random colours, so that
 # every slot learns every colour; a narrow likelihood per pixel; larger initial convolutions; a decoder that works at
 # half the resolution.
@@ -236,7 +236,7 @@ _SMALL_BALLS = "sim:bouncing-balls:balls={balls},size=24,colors=random4,radius=1
 _IODINE_SMALL = TrainRun(
     model=IODINEConfig(
         image_size=24,
-        num_slots=5,
+        num_slots=4,
         slot_dim=16,
         num_refinements=5,
         decoder_channels=(32, 32, 32),
@@ -250,12 +250,11 @@ _IODINE_SMALL = TrainRun(
         initial_log_var=0.0,
         conv_init="fan_in",
     ),
-    data=_SMALL_BALLS.format(balls=4),
+    data=_SMALL_BALLS.format(balls=3),
     steps=9_000,
     stages=(
         f"steps=1000 data={_SMALL_BALLS.format(balls=1)} model.num_slots=2",
         f"steps=1500 data={_SMALL_BALLS.format(balls=2)} model.num_slots=3",
-        f"steps=2000 data={_SMALL_BALLS.format(balls=3)} model.num_slots=4",
         "",
     ),
     clip_frames=1,

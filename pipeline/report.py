@@ -25,7 +25,7 @@ from pipeline import store
 from pipeline.checkpoint import config_from_json
 from pipeline.cli import command
 from pipeline.config import TrainRun, flatten_settings
-from pipeline.loop import read_metrics
+from pipeline.loop import STAGE_ENDS, read_metrics
 from pipeline.presets import PRESETS
 
 PNG_BYTES = 300_000
@@ -48,12 +48,24 @@ METRICS = (
     ("Positions", "med10_corrected", "MED10, half pixel corrected", "", False, ".3f"),
     ("Positions", "coverage_3px", "objects within 3 px of a particle", "%", True, ".1f"),
     ("Positions", "coverage_2px", "objects within 2 px of a particle", "%", True, ".1f"),
+    ("Segmentation", "ari", "ARI per frame", "", True, ".3f"),
+    ("Segmentation", "fg_ari", "foreground ARI per frame", "", True, ".3f"),
+    ("Segmentation", "video_ari", "ARI over the whole clip", "", True, ".3f"),
+    ("Segmentation", "video_fg_ari", "foreground ARI over the whole clip", "", True, ".3f"),
+    ("Segmentation", "matched_iou", "IoU of objects and matched segments", "", True, ".3f"),
+    ("Segmentation", "mean_iou", "IoU of the best segment, with background", "", True, ".3f"),
+    ("Segmentation", "swap_rate", "objects that change their slot", "%", False, ".1f"),
+    ("Segmentation of the prediction", "predict_ari", "ARI per frame", "", True, ".3f"),
+    ("Segmentation of the prediction", "predict_fg_ari", "foreground ARI per frame", "", True, ".3f"),
 )
+SEGMENTATION = ("Segmentation", "Segmentation of the prediction")
 BASELINES = {
     "copy_last": "copy last frame",
     "constant_background": "constant background",
     "constant_velocity": "constant velocity",
     "constant_velocity_walls": "constant velocity, walls",
+    "one_cluster": "one cluster",
+    "threshold": "threshold, connected components",
 }
 CURVE_STYLES = {name: i for i, name in enumerate(("model", *BASELINES.values()))}
 STEP_PLOTS = (
@@ -61,11 +73,14 @@ STEP_PLOTS = (
     ("predict_ssim", "SSIM (higher is better)", ""),
     ("predict_mse", "MSE (lower is better)", ""),
     ("position_error", "Position error (lower is better)", "share of the frame's side"),
+    ("predict_fg_ari", "Foreground ARI (higher is better)", ""),
+    ("predict_ari", "ARI (higher is better)", ""),
 )
 STEP_TABLE = (
     ("predict_psnr", "PSNR", "dB", True, ".2f"),
     ("predict_mse", "MSE", "", False, "#.3g"),
     ("position_error", "Position error", "share of the frame's side", False, ".3f"),
+    ("predict_fg_ari", "Foreground ARI", "", True, ".3f"),
 )
 STEP_VERDICTS = (("predict_psnr", "PSNR", True), ("position_error", "Position error", False))
 LOOKS = {
@@ -107,6 +122,28 @@ class Particles(NamedTuple):
         )
 
 
+class Parts(NamedTuple):
+    """The components of one frame."""
+
+    frame: int
+    masks: np.ndarray
+    """(k, h, w)."""
+    components: np.ndarray
+    """uint8 (k, h, w, c)."""
+
+
+class LatentWalk(NamedTuple):
+    """A frame with one dimension of a slot at other values."""
+
+    frames: np.ndarray
+    """uint8 (d, v, h, w, c)."""
+    values: tuple[float, ...]
+    names: tuple[str, ...]
+    """Of the d dimensions."""
+    slot: int
+    frame: int
+
+
 class ReportClip(NamedTuple):
     """One clip to draw."""
 
@@ -128,11 +165,15 @@ class ReportClip(NamedTuple):
     """True positions (t, n, 2)."""
     present: np.ndarray | None = None
     """Bool (t, n)."""
-    masks: np.ndarray | None = None
-    """(k, h, w), of frame ``component_frame``."""
-    components: np.ndarray | None = None
-    """uint8 (k, h, w, c)."""
-    component_frame: int = 0
+    segments: np.ndarray | None = None
+    """Component of each pixel of the reconstruction, int (t, h, w); -1 is none."""
+    predicted_segments: np.ndarray | None = None
+    """The same of ``prediction``."""
+    parts: tuple[Parts, ...] = ()
+    """Components of a few frames."""
+    has_background: bool = True
+    """Whether component 0 is the background and not an object."""
+    walk: LatentWalk | None = None
     scores: Mapping[str, float | None] = {}
     """Decibels of PSNR by what was measured; shown beside the clip."""
     rank: str = ""
@@ -186,7 +227,7 @@ def write_report(
     if "quarantine" in data:
         sections.append(Section("Quarantine", quarantine(data["quarantine"])))
     if history:
-        sections.append(Section("Training", training_curves(history) + skipped_steps(history)))
+        sections.append(Section("Training", stages(history) + training_curves(history) + skipped_steps(history)))
     if metrics or settings or training:
         sections.append(Section("To reproduce this", provenance(metrics, settings or {}, training)))
     store.publish(path, render_page(title, summary(metrics), sections, notes).encode())
@@ -325,11 +366,16 @@ def summary(metrics: Mapping[str, Any]) -> str:
 def results_table(metrics: Mapping[str, Any]) -> str:
     """The model's metrics beside the same metrics of the trivial baselines, on the same clips."""
     reasons: dict[str, int] = {}
-    rows, group = [], ""
-    for heading, key, label, unit, higher, style in METRICS:
-        if key not in metrics:
-            continue
-        keys = [key, *(f"{baseline}_{key}" for baseline in BASELINES)]
+    rows, group, below = [], "", []
+    told = [row for row in METRICS if row[1] in metrics]
+    if all(metrics[row[1]] is None for row in told if row[0] in SEGMENTATION):
+        told = [row for row in told if row[0] not in SEGMENTATION]
+        if "ari" in metrics:
+            reason = metrics.get("reasons", {}).get("ari", "no reason was recorded")
+            below.append(f"Masks were not compared with true objects: {reason}.")
+    baselines = {name: label for name, label in BASELINES.items() if any(f"{name}_{row[1]}" in metrics for row in told)}
+    for heading, key, label, unit, higher, style in told:
+        keys = [key, *(f"{baseline}_{key}" for baseline in baselines)]
         values = [metrics.get(name) for name in keys]
         numbers = [value for value in values if value is not None]
         best = (max if higher else min)(numbers) if len(numbers) > 1 else None
@@ -342,7 +388,7 @@ def results_table(metrics: Mapping[str, Any]) -> str:
         arrow = f'<span class="arrow" title="{better} is better">{sign}</span>'
         name = f"{escape(label)}{f' ({unit})' if unit else ''}"
         rows.append(f'<tr><th scope="row">{name} {arrow}</th>{"".join(cells)}</tr>')
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("model", *BASELINES.values()))
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("model", *baselines.values()))
     table = (
         f'<table class="results"><thead><tr><th scope="col">metric</th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
@@ -357,6 +403,16 @@ def results_table(metrics: Mapping[str, Any]) -> str:
     lost = metrics.get("med10_lost_share")
     if lost:
         explained += f" In those frames {100 * lost:.1f} % of the objects had no visible particle and are not in MED10."
+    if any(row[0] in SEGMENTATION for row in told):
+        explained += (
+            f" Segmentation was measured on the {metrics.get('segmented_clips', 0):,} clips with true objects. Of "
+            "predicted frames, the baselines are the masks of the model, or the components, of the last frame seen."
+        )
+    if empty := metrics.get("frames_without_objects"):
+        explained += f" {empty:,} frames show no object; foreground ARI counts them as 1, as PROVIDE's protocol does."
+    notes = {note: None for key, note in metrics.get("notes", {}).items() if metrics.get(key) is not None}
+    explained += "".join(f" Over the whole clip: {note}." for note in notes)
+    explained += "".join(f" {sentence}" for sentence in below)
     return f'<div class="wide">{table}</div>{listed}<p class="small">{escape(explained)}</p>'
 
 
@@ -471,7 +527,9 @@ def clips_shown(clips: Sequence[ReportClip], metrics: Mapping[str, Any]) -> str:
         legend.append("The numbers beside a clip are its PSNR.")
     if any(clip.particles is not None for clip in clips):
         legend.append("Dots and rings are particles, one colour per particle.")
-    if any(clip.positions is not None for clip in clips):
+    if any(clip.segments is not None for clip in clips):
+        legend.append("Colours of masks are slots: each pixel has that of the slot with the largest mask.")
+    if any(clip.positions is not None and clip.particles is not None for clip in clips):
         legend.append("White crosses are true positions.")
     if any(clip.prediction is not None for clip in clips):
         legend.append("A blue frame means that the model still sees the video, a green one that it predicts.")
@@ -495,13 +553,19 @@ def clip_figures(clip: ReportClip) -> str:
         f'<div class="clip"><div class="wide moving">{moving}</div>{beside}</div>',
         f'<div class="wide">{strip}</div>',
     ]
-    if clip.masks is not None and clip.components is not None:
-        side = max(clip.components.shape[1:3])
-        grid = figures.component_grid(clip.masks, clip.components, factor=max(1, 96 // side))
+    for frame, masks, components in clip.parts:
+        factor = max(1, 96 // max(components.shape[1:3]))
+        grid = figures.component_grid(masks, components, factor=factor, background=clip.has_background)
         parts.append(
-            f"<details><summary>Components of frame {clip.component_frame}: each alone, and its mask</summary>"
-            f'<div class="wide">{_still(grid, f"components of clip {clip.key}")}</div></details>'
+            f"<details><summary>Components of frame {frame}: each alone, and its mask</summary>"
+            f'<div class="wide">{_still(grid, f"components of frame {frame} of clip {clip.key}")}</div></details>'
         )
+    if (walk := clip.walk) is not None:
+        factor = max(1, round(96 / walk.frames.shape[2]))
+        picture = figures.latent_walk(walk.frames, walk.values, walk.names, factor=factor)
+        title = f"Latent walk: slot {walk.slot} of frame {walk.frame}, one dimension at a time at the value above it"
+        alt = f"latent walk of clip {clip.key}: one dimension of a slot in each row, its values to the right"
+        parts.append(f'<details><summary>{title}</summary><div class="wide">{_still(picture, alt)}</div></details>')
     return f"<article>{''.join(parts)}</article>"
 
 
@@ -565,6 +629,8 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> str:
     """Every number of a run's log over the steps; training, held-out and baseline values of a name share a plot."""
     names: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for row in history:
+        if row["kind"] == "stage":
+            continue
         for name, value in row.items():
             if name in ("step", "steps", "kind") or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
@@ -585,6 +651,21 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> str:
     more = f'<div class="plots">{"".join(rest)}</div>'
     more = f"<details><summary>{len(rest)} more curves</summary>{more}</details>" if rest else ""
     return f'<div class="plots">{"".join(shown)}</div>{more}'
+
+
+def stages(history: Sequence[Mapping[str, Any]]) -> str:
+    """The stages of a curriculum: where each began, why, and its settings."""
+    rows = [row for row in history if row["kind"] == "stage"]
+    if not rows:
+        return ""
+    shown = []
+    for row in rows:
+        settings = row.get("settings")
+        words = ", ".join(f"{k}={v}" for k, v in settings.items()) if isinstance(settings, Mapping) else str(settings)
+        why = str(row.get("reason", ""))
+        why = "the run began" if why == "start" else STAGE_ENDS.get(why, why)
+        shown.append((str(row.get("stage", "")), str(row["step"]), why, words or "the run's own"))
+    return _text_table(("stage", "first step", "because", "settings"), shown)
 
 
 def skipped_steps(history: Sequence[Mapping[str, Any]]) -> str:
@@ -623,6 +704,8 @@ def provenance(metrics: Mapping[str, Any], settings: Mapping[str, Any], training
     facts = {name: metrics[name] for name in FACTS if name in metrics}
     facts |= {name: training[name] for name in ("step", "model") if name in training and name not in facts}
     facts |= {"trained on": training["dataset"]} if training.get("dataset") else {}
+    if changed := metrics.get("model_settings_changed"):
+        facts["settings changed at test time"] = ", ".join(f"{name}={value}" for name, value in changed.items())
     if training.get("seed") is not None:
         facts["seed of the training"] = training["seed"]
     if "interval95" in metrics:
@@ -699,6 +782,10 @@ def _animation(clip: ReportClip) -> bytes:
         borders["prediction"] = [figures.CONTEXT] * clip.context + [figures.PREDICTED] * len(clip.prediction)
         captions = [f"frame {t}: context {t + 1} of {clip.context}" for t in range(clip.context)]
         captions += [f"frame {t}: predicted +{t + 1 - clip.context}" for t in range(clip.context, seen)]
+    for label, picture in _overlays(clip).items():
+        panels[label] = figures.upscale(picture[truth], factor)
+        if label != "masks":
+            borders[label] = borders["prediction"]
     return figures.animation(panels, fps=min(clip.fps, 10.0), captions=captions, borders=borders)
 
 
@@ -712,6 +799,7 @@ def _strip(clip: ReportClip) -> np.ndarray:
     if clip.prediction is not None:
         blank = np.full_like(clip.frames[: clip.context], 255)
         rows["prediction"] = np.concatenate([blank, clip.prediction])[columns]
+    rows |= {label: picture[columns] for label, picture in _overlays(clip).items()}
     factor = max(1, round(128 / clip.frames.shape[1]))
     rows = {label: figures.upscale(frames, factor) for label, frames in rows.items()}
     particles = clip.particles if clip.prediction is None else _followed(clip)
@@ -722,6 +810,23 @@ def _strip(clip: ReportClip) -> np.ndarray:
         )
     first = None if clip.prediction is None else sum(c < clip.context for c in columns)
     return figures.strip(rows, [str(c) for c in columns], first_predicted=first)
+
+
+def _overlays(clip: ReportClip) -> dict[str, np.ndarray]:
+    """The reconstruction with its segments as colours, and the same going over into the prediction."""
+    if clip.segments is None:
+        return {}
+    found = {"masks": _tinted(clip, clip.reconstruction, clip.segments)}
+    if clip.prediction is not None and clip.predicted_segments is not None:
+        ahead = _tinted(clip, clip.prediction, clip.predicted_segments)
+        found["predicted masks"] = np.concatenate([found["masks"][: clip.context], ahead])
+    return found
+
+
+def _tinted(clip: ReportClip, frames: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    number = int(segments.max()) + 1
+    masks = segments[:, None] == np.arange(max(number, 1))[:, None, None]
+    return figures.mask_overlay(frames, masks.astype(np.int8), background=clip.has_background)
 
 
 def _followed(clip: ReportClip) -> Particles | None:

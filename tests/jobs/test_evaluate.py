@@ -19,3 +19,14 @@ def test_missing_checkpoint_ends_with_one_line_and_status_1(
     assert message.count("\n") == 1
     assert "nothing" in message
     assert not out.exists()
+
+
+def test_protocol_needs_only_a_checkpoint(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("pipeline.protocol.bouncing_balls_protocol", lambda run: f"tables of {run.checkpoint}")
+    words = ["--checkpoint", "RUN", "--protocol", "bouncing-balls", "--out", str(tmp_path)]
+    words += ["--set", "model.num_slots=9", "model.num_refinements=8"]
+    monkeypatch.setattr(sys, "argv", ["jobs/evaluate.py", *words])
+    runpy.run_path(str(repository / "jobs" / "evaluate.py"), run_name="__main__")
+    assert capsys.readouterr().out == f"tables of RUN\n\nresults: {tmp_path}/protocol.json\n"

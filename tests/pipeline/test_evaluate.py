@@ -10,8 +10,9 @@ import torch
 
 from objdyn.clips import Clip
 from objdyn.families import FAMILIES, build
+from objdyn.metrics import segmentation
 from objdyn.simulators import SIMULATORS, Simulator
-from pipeline import cli, store
+from pipeline import cli, segments, store
 from pipeline.checkpoint import config_to_json, save_checkpoint
 from pipeline.config import EvaluateRun, ShardRun
 from pipeline.evaluate import MED_STEPS, Made, choose_clips, evaluate, median_frame
@@ -67,12 +68,25 @@ def gliding(split: str, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("run"))
-    run = PRESETS["ddlp"]["debug"]
+    return untrained("ddlp", str(tmp_path_factory.mktemp("run")))
+
+
+@pytest.fixture(scope="module")
+def provide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return untrained("provide", str(tmp_path_factory.mktemp("provide")))
+
+
+@pytest.fixture(scope="module")
+def iodine(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return untrained("iodine", str(tmp_path_factory.mktemp("iodine")))
+
+
+def untrained(family: str, folder: str) -> str:
+    run = PRESETS[family]["debug"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build(run.model)
-    state = {"family": "ddlp", "run": config_to_json(run), "model": config_to_json(run.model)}
+    state = {"family": family, "run": config_to_json(run), "model": config_to_json(run.model)}
     save_checkpoint(folder, 0, model=model, optimizer=torch.optim.Adam(model.parameters()), state=state, keep_last=1)
     return folder
 
@@ -240,11 +254,14 @@ def test_context_and_horizon_beyond_the_clip_are_refused(
         ({"horizon": -1}, "horizon must be 0 or more"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"wall_radius": 40.0}, "wall_radius"),
+        ({"out": ""}, "out is missing"),
+        ({"data": ""}, "data is missing"),
+        ({"set": ("optim.lr=1",)}, "written model.NAME=VALUE"),
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        EvaluateRun("c", "d", "o", **change)
+        EvaluateRun(**{"checkpoint": "c", "data": "d", "out": "o"} | change)
 
 
 def test_same_evaluation_gives_the_same_bytes_whatever_the_batch(
@@ -426,3 +443,160 @@ def test_metrics_say_what_the_data_are_and_what_reproduces_them(balls: tuple[dic
     assert "<h2>Data</h2>" in page
     assert "<h2>Quarantine</h2>" not in page
     assert "2 evaluated, of 200 in the split" in page
+
+
+SLOT_DATA = "sim:bouncing-balls:balls=2,size=32,colors=random4,frames=12"
+
+
+@pytest.fixture(scope="module")
+def tracked(provide: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("tracked")
+    run = EvaluateRun(provide, SLOT_DATA, str(out), context=6, limit=3, batch_size=2, report_clips=2, device="cpu")
+    return evaluate(run), out
+
+
+def test_slot_family_gets_every_segmentation_metric_with_its_baselines(tracked: tuple[dict[str, Any], Path]):
+    metrics, _ = tracked
+    assert all(metrics[key] is not None for key in segments.KEYS)
+    assert metrics["segmented_clips"] == 3
+    assert metrics["one_cluster_ari"] == 0
+    assert metrics["one_cluster_swap_rate"] == 0
+    assert metrics["threshold_fg_ari"] > 0.9
+    assert metrics["notes"] == {}
+    for key in segments.KEYS:
+        low, high = metrics["interval95"][key]
+        assert low - 1e-9 <= metrics[key] <= high + 1e-9
+    assert len(metrics["curves"]["fg_ari"]) == 12
+    assert len(metrics["curves"]["copy_last_predict_ari"]) == 6
+    assert len(metrics["per_clip"]["swap_rate"]) == 3
+    assert metrics["reasons"]["med10"] == "family provide has no positions among its latents"
+
+
+def test_segmentation_metrics_are_those_of_the_masks_that_the_model_decodes(
+    provide: str, tracked: tuple[dict[str, Any], Path]
+):
+    from objdyn.clips import collate, to_model_input
+    from pipeline.checkpoint import load_model
+    from pipeline.reader import iter_clips
+
+    metrics, _ = tracked
+    clips = list(iter_clips(open_source(SLOT_DATA, "test"), 3))
+    model = load_model(provide).model
+    with torch.no_grad():
+        video = to_model_input(collate(clips))
+        masks = model.decode(model.encode(video), components=True).masks
+        future = model.decode(model.rollout(model.encode(video[:, :6]), 6), components=True).masks
+    true, found = np.stack([clip.truth["segmentation"] for clip in clips]), segmentation.segment(masks.numpy())
+    expected = {
+        "fg_ari": segmentation.frame_ari(true, found, foreground=True).mean(),
+        "video_ari": segmentation.video_ari(true, found, foreground=False).mean(),
+        "matched_iou": segmentation.matched_iou(true, found, per="frame").mean(),
+        "swap_rate": segmentation.swap_rate(true, found).rate,
+        "predict_ari": segmentation.frame_ari(
+            true[:, 6:], segmentation.segment(future.numpy()), foreground=False
+        ).mean(),
+    }
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=2e-3)
+
+
+def test_report_of_a_slot_family_shows_masks_components_and_a_latent_walk(tracked: tuple[dict[str, Any], Path]):
+    _, out = tracked
+    page = (out / "report.html").read_text()
+    assert page.count("Latent walk: slot") == 1
+    assert page.count("Components of frame") == 2 * 3
+    assert "Segmentation of the prediction" in page
+    assert "threshold, connected components" in page
+    assert "Colours of masks are slots" in page
+
+
+def test_image_model_is_measured_over_clips_with_a_note_and_predicts_nothing(iodine: str, tmp_path: Path):
+    metrics = run_on(iodine, SLOT_DATA, tmp_path, context=6, horizon=None, limit=1, report_clips=1)
+    assert metrics["video_fg_ari"] is not None
+    assert metrics["notes"]["swap_rate"] == "slots of family iodine carry no identity from frame to frame"
+    for key in ("predict_ari", "threshold_predict_fg_ari", "predict_mse"):
+        assert metrics[key] is None
+        assert metrics["reasons"][key] == "family iodine does not predict: it has no rollout"
+    assert metrics["reasons"]["coverage_3px"] == "family iodine has no positions among its latents"
+
+
+def test_videos_without_masks_have_null_segmentation_with_a_reason(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    metrics = run_on(checkpoint, register(monkeypatch, gliding, {"test": 1}), tmp_path, report_clips=1)
+    assert metrics["segmented_clips"] == 0
+    for key in segments.KEYS:
+        assert metrics[key] is None
+        assert metrics["reasons"][key] == "the clips hold no true segmentation"
+    assert "Masks were not compared with true objects" in (tmp_path / "out" / "report.html").read_text()
+
+
+def masked(split: str, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """A square in every second frame; only even episodes say where it is."""
+    frames = np.zeros((14, 64, 64, 3), dtype=np.uint8)
+    frames[::2, 8:16, 8:16] = 255
+    return frames, {} if number % 2 else {"segmentation": (frames[..., 0] > 0).astype(np.uint8)}
+
+
+def test_clips_without_masks_among_others_and_frames_without_objects_are_counted(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    data = register(monkeypatch, masked, {"test": 3})
+    metrics = run_on(checkpoint, data, tmp_path, batch_size=1)
+    assert metrics["segmented_clips"] == 2
+    assert metrics["frames_without_objects"] == 14
+    assert metrics["threshold_matched_iou"] == 1
+    assert metrics["threshold_swap_rate"] > 0  # the component that comes back has a new number
+    assert [value is None for value in metrics["per_clip"]["ari"]] == [False, True, False]
+
+
+def test_masks_of_another_size_than_the_frames_end_the_job_with_a_sentence(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def wrong(split: str, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        return static(split, number)[0], {"segmentation": np.zeros((14, 32, 32), dtype=np.uint8)}
+
+    with pytest.raises(
+        ValueError, match=r"segmentation of clip test-000000 must be \(14, 64, 64\), got \(14, 32, 32\)"
+    ):
+        run_on(checkpoint, register(monkeypatch, wrong, {"test": 1}), tmp_path)
+
+
+def test_masks_that_are_not_finite_leave_segmentation_null(
+    provide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    render = segments.render
+
+    def broken(model: Any, latents: Any, masks: bool) -> segments.Rendered:
+        rendered = render(model, latents, masks)
+        assert rendered.segments is not None
+        rendered.segments[0] = segments.UNKNOWN
+        return rendered
+
+    monkeypatch.setattr(segments, "render", broken)
+    metrics = run_on(provide, SLOT_DATA, tmp_path, horizon=2, limit=2)
+    assert metrics["reasons"]["fg_ari"] == "the masks of 1 clips hold values that are not finite"
+    assert metrics["reasons"]["predict_ari"] == "the masks of 1 clips hold values that are not finite"
+    assert metrics["threshold_fg_ari"] is not None
+
+
+def test_settings_changed_at_test_time_are_used_recorded_and_in_the_command(provide: str, tmp_path: Path):
+    words = ("model.num_slots=5", "model.num_refinements=4")
+    metrics = run_on(provide, SLOT_DATA, tmp_path, set=words, horizon=0, limit=1, report_clips=1)
+    assert metrics["model_settings_changed"] == {"model.num_slots": 5, "model.num_refinements": 4}
+    assert "--set model.num_slots=5 model.num_refinements=4" in metrics["command"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "model.num_slots=5, model.num_refinements=4" in page
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.slot_dim=9", r"do not fit .*: model.slot_dim=9 makes refiner\.initial_mean \(9,\), stored is \(8,\)"),
+        ("model.num_particles=9", "PROVIDEConfig has no field 'num_particles'"),
+        ("model.num_slots=many", "'many' is not of type int"),
+        ("model.num_slots=1", "num_slots must be at least 2"),
+    ],
+)
+def test_settings_that_do_not_fit_the_weights_are_refused(provide: str, tmp_path: Path, word: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        run_on(provide, SLOT_DATA, tmp_path, set=(word,))

@@ -17,7 +17,9 @@ from pipeline.checkpoint import config_to_json, save_checkpoint
 from pipeline.config import TrainRun
 from pipeline.presets import PRESETS
 from pipeline.report import (
+    LatentWalk,
     Particles,
+    Parts,
     ReportClip,
     Section,
     clip_figures,
@@ -30,6 +32,7 @@ from pipeline.report import (
     render_page,
     results_table,
     skipped_steps,
+    stages,
     step_table,
     summary,
     training_command,
@@ -87,8 +90,7 @@ def clip(key: str = "test-000000", prediction: bool = True) -> ReportClip:
         prediction=frames[3:] if prediction else None,
         particles=particles,
         predicted_particles=particles.frames(slice(3, None)) if prediction else None,
-        masks=np.full((3, 16, 16), 1 / 3),
-        components=np.stack([frames[0]] * 3),
+        parts=(Parts(0, np.full((3, 16, 16), 1 / 3), np.stack([frames[0]] * 3)),),
         scores={"prediction": 1.0},
         rank="worst, 1st of 7",
         source="a.mp4, frames 0 to 7",
@@ -358,7 +360,8 @@ def test_clip_says_its_rank_its_place_and_its_scores():
 
 def test_clip_of_values_that_are_no_numbers_is_drawn():
     nowhere = Particles(np.full((8, 2, 2), np.nan), np.full((8, 2), np.nan), np.full((8, 2, 2), np.nan))
-    broken = clip()._replace(particles=nowhere, predicted_particles=None, masks=np.full((3, 16, 16), np.nan))
+    parts = (clip().parts[0]._replace(masks=np.full((3, 16, 16), np.nan)),)
+    broken = clip()._replace(particles=nowhere, predicted_particles=None, parts=parts)
     assert clip_figures(broken).count("<img") == 3
 
 
@@ -470,3 +473,40 @@ def test_damaged_log_is_said_and_not_fatal(tmp_path: Path, line: str):
     rows, notes = read_history(str(tmp_path))
     assert rows == []
     assert "cannot be read" in notes[0]
+
+
+def test_stages_of_a_curriculum_are_listed_and_no_curve():
+    history = [
+        {"kind": "stage", "step": 1, "stage": 1, "reason": "start", "settings": {}},
+        {"kind": "stage", "step": 7, "stage": 2, "reason": "collapsed", "settings": {"clip_frames": 6}},
+        *HISTORY,
+    ]
+    assert re.findall(r"<td>(.*?)</td>", stages(history)) == [
+        "1", "the run began", "the run&#x27;s own", "7", "the posterior collapsed", "clip_frames=6",
+    ]  # fmt: skip
+    assert "<b>stage</b>" not in training_curves(history)
+    assert stages(HISTORY) == ""
+
+
+def test_results_show_segmentation_beside_its_own_baselines_only_where_there_is_any():
+    measured = {**METRICS, "ari": 0.5, "one_cluster_ari": 0.0, "threshold_ari": 0.75, "segmented_clips": 7}
+    measured["notes"] = {"ari": "slots carry no identity"}
+    table = results_table(measured)
+    assert '<th scope="col">one cluster</th><th scope="col">threshold, connected components</th>' in table
+    assert "<b>0.750</b>" in table
+    assert "Over the whole clip: slots carry no identity." in table
+    missing = results_table({**METRICS, "ari": None, "reasons": {**METRICS["reasons"], "ari": "no masks"}})
+    assert "Masks were not compared with true objects: no masks." in missing
+    assert "one cluster" not in missing + results_table(METRICS)
+
+
+def test_slot_clip_shows_its_segments_and_a_walk():
+    segments = np.tile(np.arange(16) // 8, (8, 16, 1))
+    walk = LatentWalk(np.zeros((2, 3, 16, 16, 3), np.uint8), (-1.0, 0.0, 1.0), ("a", "b"), slot=1, frame=7)
+    slot = clip()._replace(
+        particles=None, predicted_particles=None, segments=segments, predicted_segments=segments[3:],
+        has_background=False, walk=walk,
+    )  # fmt: skip
+    html = clip_figures(slot)
+    assert "Latent walk: slot 1 of frame 7" in html
+    assert html.count("<img") == 4
