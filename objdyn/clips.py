@@ -16,6 +16,7 @@ import json
 import math
 import re
 import tokenize
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
@@ -227,11 +228,16 @@ def to_model_input(
 ) -> Float[Tensor, "b t c h w"]:
     """Turn stored pixels into a model's ``video``: float32 in [0, 1], on ``device``.
 
+    Frames of a single channel are repeated to three, with a warning that Python shows once.
+
     Raises:
         ValueError: the frames are not uint8 of rank 5.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 5:
         raise ValueError(f"model input is made from uint8 (b, t, c, h, w), got {frames.dtype} {tuple(frames.shape)}")
+    if frames.shape[2] == 1:
+        warnings.warn("frames of a single channel are repeated to three, red, green and blue alike", stacklevel=1)
+        frames = frames.expand(-1, -1, 3, -1, -1)
     return frames.to(device=device, non_blocking=True).to(torch.float32) / 255
 
 

@@ -77,6 +77,8 @@ class Loaded(NamedTuple):
     """``code_revision`` of the training."""
     dataset_id: str | None
     """Of the data it was trained on."""
+    stage: int = 1
+    """Stage of its curriculum in which it was saved, from 1."""
 
 
 def save_checkpoint(
@@ -293,6 +295,7 @@ def load_model(
         run=weights.state.get("run", {}),
         code=weights.state.get("code", {}),
         dataset_id=weights.state.get("dataset_id"),
+        stage=weights.state.get("stage", {}).get("number", 1),
     )
 
 

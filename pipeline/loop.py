@@ -866,10 +866,16 @@ FREE_TO_CHANGE = {
 def settings_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """The settings (name, before, after) that differ between two ``config.json`` and may not.
 
-    A setting that an older version did not store has its default.
+    A setting that an older version did not store has its default. A stage's data, like the run's, are compared by the
+    dataset's id when the run goes on, not by their path.
     """
     defaults = flatten_settings({"run": {**checkpoint.config_to_json(TrainRun()), "model": {}}})
     old, new = ({**defaults, **flatten_settings(settings)} for settings in (before, after))
+    for settings in (old, new):
+        stages = settings.get("run.stages") or ()
+        settings["run.stages"] = [
+            " ".join(word for word in str(stage).split() if not word.startswith("data=")) for stage in stages
+        ]
     return [
         (name, old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())

@@ -142,18 +142,19 @@ _QUICKSTART = replace(
     checkpoint_every=225,
 )
 
-# Slot families. PROVIDE's paper gives batch, rate and clip length (4 growing to 40, batch shrinking in proportion, the
-# next length when the loss stagnates or the posterior collapses); the lengths between, the stages' largest numbers of
-# steps and the patience are ours. A day on eight GPUs is what its authors took.
+# Slot families. PROVIDE's paper gives batch, rate and clip length: 4 frames growing to 40, the batch shrinking in
+# proportion from 32, the next length when the loss stagnates or the posterior collapses. The lengths between, the
+# stages' largest numbers of steps and the patience are ours, and the batches (in proportion: 32, 21, 12, 6, 3) are such
+# that 1, 2 or 4 workers divide them. A day on eight GPUs is what its authors took.
 _SLOT_OPTIM = OptimConfig(lr=3e-4, eps=1e-8, clip_norm=5.0, batch_size=32)
 _LENGTHS = (
     "steps=100000 patience=10000 min_kl=1",
-    "steps=60000 patience=10000 min_kl=1 clip_frames=6 optim.batch_size=21",
+    "steps=60000 patience=10000 min_kl=1 clip_frames=6 optim.batch_size=20",
     "steps=60000 patience=10000 min_kl=1 clip_frames=10 optim.batch_size=12",
-    "steps=60000 patience=10000 min_kl=1 clip_frames=20 optim.batch_size=6",
-    "clip_frames=40 optim.batch_size=3",
+    "steps=60000 patience=10000 min_kl=1 clip_frames=20 optim.batch_size=8",
+    "clip_frames=40 optim.batch_size=4",
 )
-_TO_20 = (*_LENGTHS[:3], "clip_frames=20 optim.batch_size=6")
+_TO_20 = (*_LENGTHS[:3], "clip_frames=20 optim.batch_size=8")
 
 
 def _slots(model: IODINEConfig, *, clip_frames: int, data: str = "", stages: tuple[str, ...] = ()) -> TrainRun:
@@ -237,7 +238,7 @@ _IODINE_SMALL = TrainRun(
     model=IODINEConfig(
         image_size=24,
         num_slots=4,
-        slot_dim=16,
+        slot_dim=8,
         num_refinements=5,
         decoder_channels=(32, 32, 32),
         decoder_upsample=2,
@@ -275,10 +276,10 @@ _PROVIDE_SMALL = replace(
             "conditional_decoder": "residual",
         }
     ),
-    steps=5_000,
+    steps=4_500,
     stages=(
-        "steps=2500",
-        "steps=1200 clip_frames=6 optim.batch_size=6",
+        "steps=600",
+        "steps=900 clip_frames=6 optim.batch_size=6",
         "clip_frames=10 optim.batch_size=4",
     ),
     clip_frames=4,
@@ -343,6 +344,13 @@ PRESETS: dict[str, dict[str, TrainRun]] = {
         ),
         # R and the weights are not stated for this data; training has 8 slots, the test 10
         "grand-central": _slots(replace(_PROVIDE_CLEVRER, image_size=128, num_slots=8), clip_frames=4, stages=_TO_20),
+        # table 4 varies R on binary balls
+        **{
+            f"refinements-{r}": _slots(
+                replace(_PROVIDE, num_refinements=r), clip_frames=4, data=_BINARY, stages=_LENGTHS
+            )
+            for r in range(2, 11)
+        },
         # the rows of the ablation on binary balls (table 3); the last, with entropy, is bouncing-balls
         "ablation-base": _slots(_ABLATION_BASE, clip_frames=4, data=_BINARY, stages=_TO_20),
         "ablation-grid": _slots(_ABLATION_GRID, clip_frames=4, data=_BINARY, stages=_TO_20),
@@ -367,7 +375,7 @@ ABOUT: dict[str, dict[str, str]] = {
     },
     "iodine": {
         "debug": "tiny IODINE for tests; seconds",
-        "small": "IODINE on 24-pixel colour balls, curriculum from one to four; about 25 minutes on one core",
+        "small": "IODINE on 24-pixel colour balls, curriculum from one to three; about 15 minutes on one core",
         "bouncing-balls": "PROVIDE's IODINE baseline on binary Bouncing Balls at 64 pixels",
         "bouncing-balls-colour": "the same in four colours",
         "bouncing-balls-released": "the same as in the baselines' code",
@@ -380,14 +388,15 @@ ABOUT: dict[str, dict[str, str]] = {
         "bouncing-balls": "binary Bouncing Balls at 64 pixels, clips from 4 to 40 frames",
         "bouncing-balls-colour": "the same in four colours, without entropy term",
         "bouncing-balls-released": "binary Bouncing Balls with the released code's conventions",
-        "bouncing-balls-colour-released": "the same in four colours, without entropy term",
+        "bouncing-balls-colour-released": "the same in four colours, without entropy (and the code's beta schedule)",
         "clevrer": "CLEVRER at 64 pixels",
         "clevrer-released": "CLEVRER with the released code's conventions",
         "grand-central": "Grand Central Station at 128 pixels, clips up to 20 frames",
+        **{f"refinements-{r}": f"binary Bouncing Balls with R = {r} (table 4)" for r in range(2, 11)},
         "ablation-base": "table 3: 2D-LSTM without grid, conditional prior and generation, entropy",
-        "ablation-grid": "table 3: with the triangular grid",
-        "ablation-conditional": "table 3: with conditional prior and generation",
-        "ablation-conditional-40": "the same on clips up to 40 frames",
+        "ablation-grid": "between table 3's first two rows: with the triangular grid alone",
+        "ablation-conditional": "table 3: with the grid, conditional prior and generation",
+        "ablation-conditional-40": "table 3: the same on clips up to 40 frames",
     },
 }
 """One line for each preset's help."""

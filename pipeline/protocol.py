@@ -48,6 +48,10 @@ ABLATION_LENGTH = 20
 LIMIT = 200
 CLAMP, CLAMP_FROM = 10.0, 20
 """SEQ-IODINE on binary videos of so many frames or more bounds gradients and updates (supplement A.3)."""
+NO_FEATURES = (
+    "The published numbers most likely include features of an ImageNet SqueezeNet, which the released code gives its "
+    "refinement by default; ours have none."
+)
 METRICS = ("ari", "fg_ari", "mse")
 HEADS = {"ari": "ARI", "fg_ari": "F-ARI", "mse": "MSE"}
 REPORT_EVERY = 10.0
@@ -186,6 +190,8 @@ def bouncing_balls_protocol(run: EvaluateRun) -> str:
         (
             *videos.notes,
             *causal,
+            *_unfinished(loaded),
+            NO_FEATURES,
             "The paper's IODINE is one number, of the longest videos; it is repeated for every length.",
         ),
     )
@@ -391,8 +397,16 @@ class _Bench:
 
 
 def _trained(loaded: Loaded) -> TrainRun:
-    """The last stage of the run that trained the model."""
-    return config_from_json(TrainRun, loaded.run).stage(-1)
+    """The run that trained the model, in the stage in which it was saved."""
+    return config_from_json(TrainRun, loaded.run).stage(loaded.stage - 1)
+
+
+def _unfinished(loaded: Loaded) -> tuple[str, ...]:
+    run = config_from_json(TrainRun, loaded.run)
+    if loaded.step >= run.steps:
+        return ()
+    stages = f", in stage {loaded.stage} of {len(run.stages)}" if run.stages else ""
+    return (f"Training is not finished: step {loaded.step} of {run.steps}{stages}.",)
 
 
 def _videos(data: str, run: EvaluateRun, *, derived: bool) -> Videos:

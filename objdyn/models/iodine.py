@@ -21,6 +21,7 @@ the baselines' code. Choices of ours, because the sources are silent or depend o
   paper, are off (``extra_channels``).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -126,11 +127,14 @@ def check_slots(config: "IODINEConfig | object") -> None:
             f"image_size must be a multiple of 4 and of decoder_upsample={upsample} and at least four times that, "
             f"got {size}"
         )
-    if get("likelihood_var") <= 0:
-        raise ValueError(f"likelihood_var must be positive, got {get('likelihood_var')}")
+    for name in ("likelihood_var", "sequential_clamp"):
+        if (value := get(name)) is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
     for name in ("likelihood_weight", "kl_weight", "entropy_weight", "extra_channels"):
-        if get(name) < 0:
-            raise ValueError(f"{name} must be 0 or more, got {get(name)}")
+        if not 0 <= get(name) < math.inf:
+            raise ValueError(f"{name} must be 0 or more and finite, got {get(name)}")
+    if (value := get("initial_log_var")) is not None and not LOG_VAR_RANGE[0] <= value <= LOG_VAR_RANGE[1]:
+        raise ValueError(f"initial_log_var must be None or within {LOG_VAR_RANGE}, got {value}")
 
 
 class Posterior(NamedTuple):
@@ -194,6 +198,8 @@ class IODINE(nn.Module):
 
     def forward(self, video: Float[Tensor, "b t c h w"]) -> Loss:
         """The weighted sum of the losses of all cells, a mean over clips and frames (Greff et al., equation 4)."""
+        if self.training and self.config.inference == "sequential":
+            raise ValueError('inference="sequential" (SEQ-IODINE) is for test only; train with "per_frame"')
         frames, clips = flat_frames(video, self.config.image_size), video.shape[0]
         first = train_draw((clips, self.config.num_slots, self.config.slot_dim), video.device, self.training)
         noise = repeat(first, "b k d -> (b t) k d", t=video.shape[1])
@@ -311,10 +317,11 @@ class Refiner(nn.Module):
         super().__init__()
         if (extra_features is None) != (config.extra_channels == 0):
             raise ValueError(
-                f"extra_channels={config.extra_channels} and extra_features={extra_features} do not fit: give both, or "
-                "0 and None"
+                f"extra_channels={config.extra_channels} and extra_features={extra_features} do not fit: give both, in "
+                "Python (no job can), or 0 and None"
             )
-        self.config, self.extra_features = config, extra_features
+        self.config = config
+        self._extra_features = (extra_features,)  # in a tuple: a network in there is not a part of this one
         self.initial_mean = nn.Parameter(torch.empty(config.slot_dim).uniform_(-0.5, 0.5))
         self.initial_log_var = nn.Parameter(torch.empty(config.slot_dim).uniform_(-0.5, 0.5))
         if config.initial_log_var is not None:
@@ -368,9 +375,10 @@ class Refiner(nn.Module):
     def see(self, frame: Float[Tensor, "n 3 h w"]) -> Seen:
         """What all cells and slots share of a frame."""
         maps = [frame, self.coordinates.expand(len(frame), -1, -1, -1)]
-        if self.reduce is not None and self.extra_features is not None:
+        (extra_features,) = self._extra_features
+        if self.reduce is not None and extra_features is not None:
             with torch.no_grad():
-                features = self.extra_features(frame)
+                features = extra_features(frame)
             maps.append(F.interpolate(self.reduce(features), frame.shape[-2:], mode="bilinear", align_corners=False))
         return Seen(frame, torch.cat(maps, dim=1))
 
@@ -528,7 +536,7 @@ def flat_frames(video: Float[Tensor, "b t c h w"], size: int) -> Float[Tensor, "
     Raises:
         ValueError: the frames are not RGB of side ``size``.
     """
-    if video.ndim != 5 or video.shape[2] != 3 or video.shape[3:] != (size, size):
+    if video.ndim != 5 or 0 in video.shape[:2] or video.shape[2] != 3 or video.shape[3:] != (size, size):
         raise ValueError(
             f"the model was built for video (b, t, 3, {size}, {size}), got {tuple(video.shape)}; make the dataset with "
             f"make_shards.py --size {size}, or set model.image_size"
@@ -537,18 +545,23 @@ def flat_frames(video: Float[Tensor, "b t c h w"], size: int) -> Float[Tensor, "
 
 
 def draw(
-    shape: tuple[int, int, int], device: torch.device, generator: torch.Generator | None
+    shape: tuple[int, int, int], device: torch.device, generator: torch.Generator | None, frame: int = 0
 ) -> Float[Tensor, "b k d"]:
-    """The first draw (b, k, d) of inference: from the generator, or the same for every clip."""
+    """A first draw (b, k, d) of inference: from the generator, or the same for every clip.
+
+    ``frame`` tells constant draws apart where every frame has its own.
+    """
     if generator is not None:
         return torch.randn(shape, generator=generator, device=device)
-    constant = torch.Generator().manual_seed(DRAW_SEED)
+    constant = torch.Generator().manual_seed(DRAW_SEED + frame)
     return torch.randn(shape[1:], generator=constant).to(device).expand(shape)
 
 
-def train_draw(shape: tuple[int, int, int], device: torch.device, training: bool) -> Float[Tensor, "b k d"]:
+def train_draw(
+    shape: tuple[int, int, int], device: torch.device, training: bool, frame: int = 0
+) -> Float[Tensor, "b k d"]:
     """The first draw (b, k, d) of a loss: from torch's global state in training, else that of inference."""
-    return torch.randn(shape, device=device) if training else draw(shape, device, None)
+    return torch.randn(shape, device=device) if training else draw(shape, device, None, frame)
 
 
 def later_draw(noise: Float[Tensor, "n k d"], generator: torch.Generator | None) -> Float[Tensor, "n k d"]:

@@ -79,6 +79,11 @@ class PROVIDEConfig(IODINEConfig):
     """A predicted frame: the whole grid on its own reconstruction without gradients (paper); or one decode of the first
     draw is the frame, and one refinement on it gives the next state (released code)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inference != "per_frame" or self.sequential_clamp is not None:
+            raise ValueError("inference and sequential_clamp are settings of SEQ-IODINE; provide has no such mode")
+
 
 class PROVIDELatents(NamedTuple):
     """Slots of every frame with the state that decoding them and going on needs."""
@@ -124,9 +129,8 @@ class PROVIDE(nn.Module):
         finals: list[Sight] = []
         for t, frame in enumerate(frames.unbind(1)):
             if t and not self.config.share_first_draw:
-                first = train_draw(shape, video.device, self.training)
-            scene = self.refiner.see(frame)
-            loss, final, past = self._fit(scene, past, first, light_cells(self.config, t))
+                first = train_draw(shape, video.device, self.training, t)
+            loss, final, past = self._fit(self.refiner.see(frame), past, first, t)
             total = total + loss
             finals.append(final)
         if video.shape[1] == 1 and self.prior is not None:
@@ -142,8 +146,8 @@ class PROVIDE(nn.Module):
         found = []
         for t, frame in enumerate(frames.unbind(1)):
             if t and not self.config.share_first_draw:
-                first = draw(shape, video.device, generator)
-            latents, past = self._infer(self.refiner.see(frame), past, first, light_cells(self.config, t), generator)
+                first = draw(shape, video.device, generator, t)
+            latents, past = self._infer(self.refiner.see(frame), past, first, t, generator)
             found.append(latents)
         return PROVIDELatents(*(torch.stack(field, dim=1) for field in zip(*found, strict=True)))
 
@@ -152,6 +156,8 @@ class PROVIDE(nn.Module):
     ) -> PROVIDELatents:
         """Go on without frames: each is replaced by its own reconstruction, and no gradient is given (section 3.5).
 
+        ``latents`` are of all frames seen: their number says where on the grid the next one is.
+
         Raises:
             ValueError: ``horizon`` is less than 1.
         """
@@ -159,14 +165,14 @@ class PROVIDE(nn.Module):
             raise ValueError(f"horizon must be at least 1, got {horizon}")
         past = State(latents.hidden[:, -1], latents.cell[:, -1])
         first = latents.first_noise[:, -1]
-        # Far along the grid: the frame's number is not a part of the latents, and only long clips are rolled out.
-        light = 1 if self.config.grid == "triangular" else light_cells(self.config, 0)
         found = []
-        for _ in range(horizon):
+        for t in range(latents.mean.shape[1], latents.mean.shape[1] + horizon):
+            if not self.config.share_first_draw:
+                first = draw((first.shape[0], first.shape[1], first.shape[2]), first.device, generator, t)
             if self.config.prediction == "reference":
                 future, past = self._imagine_once(past, first)
             else:
-                future, past = self._infer(None, past, first, light, generator)
+                future, past = self._infer(None, past, first, t, generator)
             found.append(future)
         return PROVIDELatents(*(torch.stack(field, dim=1) for field in zip(*found, strict=True)))
 
@@ -175,17 +181,17 @@ class PROVIDE(nn.Module):
         context = None if self.config.conditional_decoder == "none" else latents.decoder_state
         return decode_slots(self.refiner, latents.slots, context, components)
 
-    def _fit(self, scene: Seen, past: State, first: Tensor, light: int) -> tuple[Tensor, Sight, State]:
+    def _fit(self, scene: Seen, past: State, first: Tensor, t: int) -> tuple[Tensor, Sight, State]:
         """One column of the grid in training: its loss, the final cell and the new temporal state."""
         posterior, state, noise = self.refiner.start(first), self.refiner.rest(first), first
-        prior, context = self._prior(past), self._context(past)
+        prior, context, light = self._prior(past), self._context(past), light_cells(self.config, t)
         total = first.new_zeros(())
         for index in range(light):
             sight = self.refiner.look(scene, posterior, noise, prior=prior, context=context)
             total = total + cell_weight(self.config, index, light + 1) * sight.loss.mean()
             posterior, state = self._refine(scene, sight, posterior, noise, prior, past, state)
             noise = torch.randn_like(first) if self.training else torch.zeros_like(first)
-        more = self.config.refine_final_cell and light < light_cells(self.config, 0)
+        more = self.config.refine_final_cell and t > 0
         final = self.refiner.look(scene, posterior, noise, prior=prior, context=context, final=not more)
         total = total + cell_weight(self.config, light, light + 1) * final.loss.mean()
         if more:
@@ -193,16 +199,16 @@ class PROVIDE(nn.Module):
         return total, final, state
 
     def _infer(
-        self, scene: Seen | None, past: State, first: Tensor, light: int, generator: torch.Generator | None
+        self, scene: Seen | None, past: State, first: Tensor, t: int, generator: torch.Generator | None
     ) -> tuple[PROVIDELatents, State]:
         """One column of the grid without a loss; without a scene each cell sees its own reconstruction, blindly."""
         posterior, state, noise = self.refiner.start(first), self.refiner.rest(first), first
         prior, context = self._prior(past), self._context(past)
-        for _ in range(light):
+        for _ in range(light_cells(self.config, t)):
             shown, sight = self._look(scene, posterior, noise, prior, context)
             posterior, state = self._refine(shown, sight, posterior, noise, prior, past, state, blind=scene is None)
             noise = later_draw(first, generator)
-        if self.config.refine_final_cell and light < light_cells(self.config, 0):
+        if self.config.refine_final_cell and t > 0:
             shown, sight = self._look(scene, posterior, noise, prior, context)
             _, state = self._refine(shown, sight, posterior, noise, prior, past, state, blind=scene is None)
         slots = posterior.sample(noise)
@@ -326,6 +332,12 @@ def start_from_iodine(model: PROVIDE, config: IODINEConfig, weights: Mapping[str
             'a provide model with conditional_decoder="mlp" cannot begin as an iodine does; '
             'set model.conditional_decoder to "residual" or "none"'
         )
+    for name in ("likelihood_var", "mixture", "mask_posterior"):
+        if getattr(config, name) != getattr(model.config, name):
+            raise ValueError(
+                f"the iodine model was trained with {name}={getattr(config, name)!r}, and this one has "
+                f"{getattr(model.config, name)!r}: its refinement would read its inputs wrongly; give both the same"
+            )
     own: dict[str, Any] = dict(model.state_dict())
     common = {name: value for name, value in weights.items() if name.startswith("refiner.")}
     for name, value in common.items():

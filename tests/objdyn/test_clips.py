@@ -211,6 +211,13 @@ def test_pixels_survive_model_input_and_back() -> None:
     assert to_frames(torch.tensor([-1.0, 0.4999, 2.0]).reshape(1, 3, 1, 1)).ravel().tolist() == [0, 127, 255]
 
 
+def test_single_channel_frames_are_repeated_to_three_and_it_is_said() -> None:
+    grey = torch.randint(0, 256, (2, 3, 1, 4, 4), dtype=torch.uint8)
+    with pytest.warns(UserWarning, match="a single channel are repeated to three"):
+        video = to_model_input(grey)
+    torch.testing.assert_close(video, (grey.float() / 255).expand(-1, -1, 3, -1, -1))
+
+
 def test_batches_of_unequal_or_float_clips_are_refused() -> None:
     with pytest.raises(ValueError, match="b is"):
         collate([make_clip(), make_clip((5, 8, 8, 3), key="b")])

@@ -445,3 +445,22 @@ def test_the_bare_command_line_takes_stages_and_a_start(tmp_path: Path) -> None:
     assert loop.main(words("first", 'stages=["steps=1 optim.lr=1e-4", "clip_frames=4"]')) == 0
     assert [line[:3] for line in stage_lines(str(tmp_path / "first"))] == [(1, 1, "start"), (2, 2, "steps")]
     assert loop.main(words("second", f"init={tmp_path / 'first'}")) == 0
+
+
+def test_a_slot_model_trains_in_bf16_on_a_cpu_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    settings = {"precision": "bf16", "optim.batch_size": 1, "clip_frames": 1, "threads": 1, "checkpoint_every": 2}
+    run = with_overrides(PRESETS["iodine"]["debug"], {**settings, "steps": 4, "eval_every": 0, "device": "cpu"})
+    whole = loop.train(loop.open_run(dataclasses.replace(run, out=str(tmp_path / "whole"))))
+    half = dataclasses.replace(run, out=str(tmp_path / "half"))
+    loop.train(loop.open_run(dataclasses.replace(half, steps=2)))
+    resumed = loop.train(loop.open_run(dataclasses.replace(half, resume=True)))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (Path(whole) / name).read_bytes() == (Path(resumed) / name).read_bytes()
+
+
+def test_the_data_of_a_stage_may_move_like_those_of_the_run() -> None:
+    def stored(folder: str, more: str = "") -> dict[str, Any]:
+        return {"run": {"data": folder, "stages": [f"steps=2 data={folder} clip_frames=3{more}", ""]}}
+
+    assert loop.settings_difference(stored("/old"), stored("/new")) == []
+    assert loop.settings_difference(stored("/old"), stored("/new", " optim.lr=1")) != []

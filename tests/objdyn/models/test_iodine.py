@@ -158,6 +158,8 @@ def test_extra_features_reach_the_refinement_and_are_not_trained() -> None:
         ({"image_size": 30}, "image_size must be a multiple of 4"),
         ({"likelihood_var": 0.0}, "likelihood_var must be positive"),
         ({"kl_weight": -1.0}, "kl_weight must be 0 or more"),
+        ({"likelihood_weight": float("nan")}, "likelihood_weight must be 0 or more and finite, got nan"),
+        ({"sequential_clamp": -1.0}, "sequential_clamp must be positive"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -168,3 +170,8 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
 def test_frames_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"built for video \(b, t, 3, 8, 8\), got \(1, 1, 3, 16, 16\)"):
         build()(torch.rand(1, 1, 3, 16, 16))
+
+
+def test_sequential_inference_is_not_trained() -> None:
+    with pytest.raises(ValueError, match="is for test only"):
+        build(inference="sequential").train()(video())

@@ -103,7 +103,7 @@ def test_permuting_the_first_draw_permutes_the_slots_in_every_frame() -> None:
         past, found = model.refiner.rest(noise), []
         for t in range(4):
             scene = model.refiner.see(frames[:, t])
-            latents, past = model._infer(scene, past, noise, light_cells(model.config, t), None)
+            latents, past = model._infer(scene, past, noise, t, None)
             found.append(latents.slots)
         return found
 
@@ -166,6 +166,34 @@ def test_memory_grows_evenly_with_frames_and_with_recomputation_by_at_most_a_thi
     assert recomputed[2] - recomputed[1] <= (plain[2] - plain[1]) / 3
 
 
+def test_a_draw_for_every_frame_is_another_one_and_repeats() -> None:
+    model = build(share_first_draw=False)
+    with torch.no_grad():
+        latents = model.encode(video(b=1))
+        future = model.rollout(latents, 2)
+    draws = [*latents.first_noise.unbind(1), *future.first_noise.unbind(1)]
+    assert len({tuple(noise.flatten().tolist()) for noise in draws}) == 6
+    assert torch.equal(latents.first_noise, model.encode(video(b=1)).first_noise)
+
+
+@pytest.mark.parametrize("settings", [{"num_refinements": 2}, {"num_refinements": 1}, {"grid": "full"}])
+def test_the_final_cell_advances_the_state_from_the_second_frame_on(settings: dict[str, Any]) -> None:
+    plain, more = build(**settings), build(**settings, refine_final_cell=True)
+    with torch.no_grad():
+        a, b = plain.encode(video()), more.encode(video())
+    assert torch.equal(a.hidden[:, 0], b.hidden[:, 0])
+    assert not torch.allclose(a.hidden[:, 1], b.hidden[:, 1])
+
+
+def test_a_prediction_after_few_frames_takes_its_place_on_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(num_refinements=6)
+    counts: list[int] = []
+    monkeypatch.setattr("objdyn.models.provide.light_cells", lambda config, t: counts.append(t) or 1)
+    with torch.no_grad():
+        model.rollout(model.encode(video(t=2)), 3)
+    assert counts == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("prediction", ["paper", "reference"])
 def test_a_prediction_needs_only_what_the_latents_hold(prediction: str) -> None:
     model = build(prediction=prediction)
@@ -218,7 +246,15 @@ def test_a_start_from_iodine_infers_the_first_frame_as_iodine_does() -> None:
 
 def test_a_start_from_an_iodine_of_another_size_is_refused() -> None:
     old = IODINE(IODINEConfig(**{**SIZES, "slot_dim": 5}))
+    other = IODINE(IODINEConfig(**SIZES, likelihood_var=0.05))
+    with pytest.raises(ValueError, match=r"trained with likelihood_var=0.05, and this one has 0.3"):
+        start_from_iodine(build(conditional_decoder="residual"), other.config, other.state_dict())
     with pytest.raises(ValueError, match=r"initial_mean is \(5,\) there and \(4,\) here"):
         start_from_iodine(build(conditional_decoder="residual"), old.config, old.state_dict())
     with pytest.raises(ValueError, match=r"set model\.conditional_decoder to"):
         start_from_iodine(build(), old.config, old.state_dict())
+
+
+def test_settings_of_seq_iodine_are_refused() -> None:
+    with pytest.raises(ValueError, match="provide has no such mode"):
+        build(inference="sequential")
