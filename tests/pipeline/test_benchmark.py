@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from objdyn.families import FAMILIES, build
+from objdyn.models.ddlp import DDLPConfig
 from objdyn.simulators import SIMULATORS
 from pipeline import benchmark, checkpoint, extract, loop, reader, shard, store, tables, timing
 from pipeline.benchmark import Arm, Task, compare, render, steady
@@ -19,6 +20,8 @@ from pipeline.config import BENCHMARK_PARTS, BenchmarkRun, OptimConfig, ShardRun
 from pipeline.presets import PRESETS
 
 PRESET = PRESETS["ddlp"]["debug"]
+assert isinstance(PRESET.model, DDLPConfig)
+PARTICLES = PRESET.model.num_particles
 CLIPS, FRAMES, PER_SHARD = 8, 6, 4
 
 
@@ -100,7 +103,7 @@ def test_bare_extraction_writes_the_parts_of_the_pipeline(data: str, training: d
     assert found["sync_seconds"] > 0
     record = store.read_json(os.path.join(out, "parts", "shard-00001.json"))
     part = tables.read_part(os.path.join(out, "objects", "shard-00001.parquet"), record["objects"]["sha256"])
-    assert part.num_rows == PER_SHARD * FRAMES * PRESET.model.num_particles
+    assert part.num_rows == PER_SHARD * FRAMES * PARTICLES
     assert extract.clip_blocks.__module__ == "pipeline.extract"
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from objdyn.families import build
+from objdyn.models.ddlp import DDLPConfig
 from pipeline import checkpoint, store
 from pipeline.checkpoint import (
     config_from_json,
@@ -274,6 +275,7 @@ def test_best_model_must_exist(trained: tuple[str, nn.Module]) -> None:
 
 
 def test_overrides_must_fit_the_weights(trained: tuple[str, nn.Module]) -> None:
+    assert isinstance(RUN.model, DDLPConfig)
     loaded = load_model(trained[0], overrides={"model.kl_weight": 0.5})
     assert loaded.config == dataclasses.replace(RUN.model, kl_weight=0.5)
     with pytest.raises(ValueError, match="do not fit this config of DDLP"):

@@ -260,8 +260,9 @@ def test_context_and_horizon_beyond_the_clip_are_refused(
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, Any], message: str):
+    settings: dict[str, Any] = {"checkpoint": "c", "data": "d", "out": "o"}
     with pytest.raises(ValueError, match=message):
-        EvaluateRun(**{"checkpoint": "c", "data": "d", "out": "o"} | change)
+        EvaluateRun(**{**settings, **change})
 
 
 def test_same_evaluation_gives_the_same_bytes_whatever_the_batch(
