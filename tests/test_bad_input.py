@@ -103,7 +103,7 @@ def break_copies(run: Path, tmp: Path) -> None:
     (tmp / "incomplete/checkpoints/step-00000002/COMPLETE").unlink()
     folder = tmp / "mixed/checkpoints/step-00000002"
     state = json.loads((folder / "state.json").read_text())
-    state["run"]["model"]["pint_dim"] = 32
+    state["model"]["pint_dim"] = 32
     data = store.json_bytes(state)
     complete = store.read_json(str(folder / "COMPLETE"))
     (folder / "state.json").write_bytes(data)
