@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("objdyn", "pipeline", "jobs", "tests")
 LEAVES = ("layers", "distributions", "losses", "kalman")
-CONTAINS = {"ddlp": "dlp", "provide": "iodine", "oddn": "iodine"}  # a family may import the family that it contains whole
+# A family may import the family that it contains whole.
+CONTAINS = {"ddlp": "dlp", "provide": "iodine", "oddn": "iodine"}
 FORBIDDEN_IN_OBJDYN = {"ray", "pyarrow", "fsspec", "s3fs", "optuna", "tyro"}
 # Modules that work on a machine without these packages.
 LIGHT = {

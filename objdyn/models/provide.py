@@ -12,9 +12,9 @@ draw; identity over time comes from that draw and from the temporal state.
 
 Reading order: PROVIDEConfig, PROVIDELatents, PROVIDE, then the modules that IODINE does not have. ``iodine.py`` has the
 rest. Conventions on which paper and released code differ are fields: the defaults are the paper's, the presets
-``*-released`` take the code's (but not its schedule of beta on colour data). The later submission compares a second grid
-in its table 5, whose formula is not in the text that we have; it is not here. The entropy term is minimised, as the
-paper's equation 7 and the code do; its text says the opposite.
+``*-released`` take the code's (without its schedule of beta on colour data). The later submission compares a second
+grid in its table 5, whose formula is not in the text that we have; it is not here. The entropy term is minimised, as
+the paper's equation 7 and the code do; its text says the opposite.
 """
 
 from collections.abc import Callable, Mapping
