@@ -17,7 +17,7 @@ FORBIDDEN_IN_OBJDYN = {"ray", "pyarrow", "fsspec", "s3fs", "optuna", "tyro"}
 # Modules that work on a machine without these packages.
 LIGHT = {
     ("pipeline.loop", "pipeline.reader", "pipeline.presets", "pipeline.checkpoint"): (
-        {"ray", "pyarrow", "tyro", "fsspec", "s3fs", "webdataset", "zstandard", "tensorboard"}
+        {"ray", "pyarrow", "tyro", "fsspec", "s3fs", "webdataset", "zstandard", "tensorboard", "scipy", "PIL", "h5py"}
     ),
     ("pipeline.tables",): {"ray", "tyro", "torch"},
     ("pipeline.store", "pipeline.cli"): {"ray", "pyarrow", "tyro", "fsspec", "s3fs", "torch"},

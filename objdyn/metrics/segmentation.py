@@ -4,14 +4,14 @@ A segmentation is an integer per pixel. In the true one 0 is the background and 
 one id in all frames of its video; in a predicted one the integer is the slot (or component) that claims the pixel, and
 0 has no special meaning. "Per frame" compares each frame alone, so slots may change places between frames; "over the
 whole video" compares all pixels of a video at once, so they may not.
+
+scipy is imported where it is used: training computes ARI alone, and does without it.
 """
 
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer, UInt8
-from scipy import ndimage
-from scipy.optimize import linear_sum_assignment
 
 SHIFT = 2
 """Frames between the two positions of a velocity (DDPAE's metric)."""
@@ -154,6 +154,8 @@ def matched_iou(
     Raises:
         ValueError: as for ``adjusted_rand_index``, or an unknown ``per``.
     """
+    from scipy.optimize import linear_sum_assignment
+
     _check(true, predicted)
     overlap, present = _iou(_contingency(_rows(true, _known(per)), _rows(predicted, per)))
     overlap, objects = overlap[:, 1:], present[:, 1:].sum(axis=1)
@@ -217,6 +219,8 @@ def match_tracks(segments: Integer[np.ndarray, "t h w"], num_slots: int) -> Int[
     Raises:
         ValueError: segments of another rank, not integers, without a frame, or with a slot not below ``num_slots``.
     """
+    from scipy.optimize import linear_sum_assignment
+
     if segments.ndim != 3 or len(segments) == 0 or not np.issubdtype(segments.dtype, np.integer):
         raise ValueError(
             f"segments must be integers (t, h, w) of at least one frame, got {segments.dtype} {segments.shape}"
@@ -319,6 +323,8 @@ def threshold_components(frames: UInt8[np.ndarray, "n t h w c"], *, threshold: i
     Raises:
         ValueError: frames of another type or rank.
     """
+    from scipy import ndimage
+
     if frames.ndim != 5 or frames.dtype != np.uint8:
         raise ValueError(f"frames must be uint8 (n, t, h, w, c), got {frames.dtype} {frames.shape}")
     brightness = frames.max(axis=-1)

@@ -3,6 +3,7 @@ import dataclasses
 import io
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,14 @@ def test_evaluation_measures_copy_last_exactly() -> None:
     frames = torch.from_numpy(source.open_shard(0).clip(0).frames[:15]).double() / 255
     errors = (frames[5:] - frames[4]).square().mean((1, 2, 3))
     assert values["copy_last_predict_psnr"] == pytest.approx(float((-10 * errors.log10()).mean()), abs=1e-4)
+
+
+def test_evaluation_of_masks_needs_no_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("scipy", "scipy.ndimage", "scipy.optimize"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises
+    run = dataclasses.replace(PRESETS["iodine"]["debug"], eval_clips=1)
+    values = loop.evaluate(families.build(run.model), open_source(run.data, "val"), run, torch.device("cpu"))
+    assert "fg_ari" in values
 
 
 def test_evaluation_on_two_workers_covers_every_clip_once(monkeypatch: pytest.MonkeyPatch) -> None:
