@@ -164,22 +164,33 @@ class Stage:
                 if not own[name] > 0:
                     raise ValueError(f"{word}: it must be positive")
             else:
-                settings[name] = _parse_word(word, _type_of(run, name))
+                wanted = _type_of(run, name)
+                if name not in STAGE_FIELDS and not name.startswith("model."):
+                    raise ValueError(f"{name} cannot change within a run; a stage takes steps, patience, min_kl, and "
+                                     f"of the run's settings {', '.join(STAGE_FIELDS)}")  # fmt: skip
+                settings[name] = _parse_word(word, wanted)
         return cls(settings, **own)
 
 
 def _type_of(run: Any, name: str) -> Any:
-    """The declared type of a run's field that a stage may change."""
-    *owners, last = name.split(".")
-    for owner in owners:
-        run = getattr(run, owner, None)
-    hints = typing.get_type_hints(type(run)) if dataclasses.is_dataclass(run) else {}
-    if last not in hints:
-        raise ValueError(f"{type(run).__name__} has no field {last!r} (in {name!r}); it has {', '.join(hints)}")
-    if name not in STAGE_FIELDS and not name.startswith("model."):
-        raise ValueError(f"{name} cannot change within a run; a stage takes steps, patience, min_kl, and of the run's "
-                         f"settings {', '.join(STAGE_FIELDS)}")  # fmt: skip
-    return hints[last]
+    """The declared type of a run's field, by its dotted name.
+
+    Raises:
+        ValueError: there is none, or it is a group of settings.
+    """
+    owner, wanted, passed = run, cast(Any, type(run)), list[str]()
+    for part in name.split("."):
+        if not dataclasses.is_dataclass(owner):
+            raise ValueError(f"{'.'.join(passed)} is a single value and has no field {part!r} (in {name!r})")
+        hints = typing.get_type_hints(cast(Any, type(owner)))
+        if part not in hints:
+            raise ValueError(f"{type(owner).__name__} has no field {part!r} (in {name!r}); it has {', '.join(hints)}")
+        owner, wanted = getattr(owner, part), hints[part]
+        passed.append(part)
+    if dataclasses.is_dataclass(owner):
+        names = ", ".join(f"{name}.{field.name}" for field in dataclasses.fields(owner))
+        raise ValueError(f"{name} holds settings of its own; set them one by one: {names}")
+    return wanted
 
 
 def _parse_word(word: str, hint: Any) -> Any:
@@ -747,6 +758,23 @@ def with_overrides(run: Any, overrides: dict[str, Any]) -> Any:
     for head, inner in nested.items():
         changes[head] = with_overrides(changes.get(head, getattr(run, head)), inner)
     return dataclasses.replace(run, **changes)  # at once: a field may only be possible with the others
+
+
+def parse_settings(words: Sequence[str], run: Any) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` as settings of a run, for ``with_overrides``; lists are JSON or have commas between.
+
+    Raises:
+        ValueError: a word is no NAME=VALUE, its name is no field or comes twice, or its value is of another type.
+    """
+    settings: dict[str, Any] = {}
+    for word in words:
+        name = word.partition("=")[0]
+        if name == word:
+            raise ValueError(f"{word!r} is not of the form NAME=VALUE")
+        if name in settings:
+            raise ValueError(f"{name} is given twice")
+        settings[name] = _parse_word(word, _type_of(run, name))
+    return settings
 
 
 def parse_model_settings(words: Sequence[str], config: Any) -> dict[str, Any]:

@@ -33,7 +33,15 @@ from torch import Tensor, nn
 from objdyn import clips, families
 from objdyn.metrics import segmentation
 from pipeline import checkpoint, failpoints, store
-from pipeline.config import Stage, TrainRun, flatten_settings, learning_rate, torch_device, with_overrides
+from pipeline.config import (
+    Stage,
+    TrainRun,
+    flatten_settings,
+    learning_rate,
+    parse_settings,
+    torch_device,
+    with_overrides,
+)
 from pipeline.presets import PRESETS
 from pipeline.reader import MicroBatch, Source, TrainingReader, has_split, iter_clips, open_source
 
@@ -911,13 +919,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="optimiser steps")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="optim.lr=3e-4, as JSON")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any setting, optim.lr=3e-4")
     arguments = parser.parse_args(words)
     given = {name: getattr(arguments, name) for name in ("data", "out", "steps", "seed")}
     overrides = {name: value for name, value in given.items() if value is not None}
     try:
-        overrides |= dict(_parse_setting(text) for text in arguments.set)
-        run = open_run(dataclasses.replace(with_overrides(names[arguments.preset], overrides), resume=arguments.resume))
+        preset = names[arguments.preset]
+        overrides |= {"resume": arguments.resume} | parse_settings(arguments.set, preset)
+        run = open_run(with_overrides(preset, overrides))
         print(f"run folder: {run.out}", file=sys.stderr)
         with progress_of(run) as progress:
             print(train(run, Worker(show=progress.show)))
@@ -936,15 +945,6 @@ def progress_of(run: TrainRun) -> Iterator[Progress]:
         yield progress
     finally:
         progress.close()
-
-
-def _parse_setting(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError:
-        parsed = value
-    return name, tuple(parsed) if isinstance(parsed, list) else parsed
 
 
 if __name__ == "__main__":

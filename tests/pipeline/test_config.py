@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.config import TrainRun, flatten_settings, torch_device, with_overrides
+from objdyn.models.iodine import IODINEConfig
+from pipeline.config import TrainRun, flatten_settings, parse_settings, torch_device, with_overrides
 
 
 def test_nested_settings_get_dotted_names() -> None:
@@ -14,6 +15,24 @@ def test_nested_settings_get_dotted_names() -> None:
 def test_settings_that_are_only_possible_together_are_set_together() -> None:
     run = with_overrides(TrainRun(), {"optim.micro_batch_size": 5, "optim.batch_size": 10})
     assert (run.optim.batch_size, run.micro_batch_size) == (10, 5)
+
+
+def test_settings_have_the_types_of_their_fields() -> None:
+    run = TrainRun(model=IODINEConfig())
+    words = ['stages=["steps=2 data=\'a b\'", ""]', "optim.clip_norm=5", "optim.micro_batch_size=null", "resume=true"]
+    words += ["model.decoder_channels=[8, 4]", "model.refine=strided", "optim.betas=0.5,0.9", "data=sim:a:b=1,c=d"]
+    settings = parse_settings(words, run)
+    assert settings == {
+        "stages": ("steps=2 data='a b'", ""),
+        "optim.clip_norm": 5.0,
+        "optim.micro_batch_size": None,
+        "resume": True,
+        "model.decoder_channels": (8, 4),
+        "model.refine": "strided",
+        "optim.betas": (0.5, 0.9),
+        "data": "sim:a:b=1,c=d",
+    }
+    assert isinstance(settings["optim.clip_norm"], float)
 
 
 @pytest.mark.parametrize(

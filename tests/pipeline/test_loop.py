@@ -372,6 +372,33 @@ def test_the_bare_command_line_trains_and_explains(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.num_slots=x"], "model.num_slots=x: 'x' is not of type int"),
+        (["model.num_slots=4.0"], "model.num_slots=4.0: '4.0' is not of type int"),
+        (["model.refine=half"], "model.refine=half: 'half' is not of type Literal['full', 'strided']"),
+        (["steps=true"], "steps=true: 'true' is not of type int"),
+        (["optim.clip_norm=[1]"], "optim.clip_norm=[1]: '[1]' is not of type float | None"),
+        (["threads"], "'threads' is not of the form NAME=VALUE"),
+        (["threads=1", "threads=2"], "threads is given twice"),
+        (["optm.lr=1"], "TrainRun has no field 'optm' (in 'optm.lr'); it has model, data, out"),
+        (["seed.x=1"], "seed is a single value and has no field 'x' (in 'seed.x')"),
+        (["optim=3"], "optim holds settings of its own; set them one by one: optim.lr, optim.betas"),
+        (["model.num_slots=1"], "num_slots must be at least 2"),
+    ],
+)
+def test_a_wrong_setting_of_the_bare_command_line_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    settings = [argument for word in words for argument in ("--set", word)]
+    assert loop.main(["iodine/debug", "--out", str(tmp_path / "run"), *settings]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"workers": 3}, "do not divide optim.batch_size"),
