@@ -708,7 +708,23 @@ def _try(run: TrainRun) -> tuple[TrainRun, dict[str, Any]]:
         with torch.random.fork_rng(devices=[]):
             start = _start_from(run, families.build(run.stage(0).model), weights)
     _try_one_clip(run)
+    if note := _note_on_start(run):
+        print(note, file=sys.stderr, flush=True)
     return run, _stored(run, start)
+
+
+def _note_on_start(run: TrainRun) -> str:
+    """What to say of a new run with drawn weights whose model is made to begin as one of another family."""
+    family = families.family_of(run.model)
+    known = families.FAMILIES[family].warm_starts
+    # At its start such a decoder does what that of the other family does; nothing else would ask for it.
+    if run.init or not known or getattr(run.model, "conditional_decoder", "") != "residual":
+        return ""
+    other = next(iter(known))
+    return (
+        f"note: {family} begins from drawn weights, but with model.conditional_decoder=residual (as in {family}/small) "
+        f"it is meant to begin from those of {other}: python jobs/train_{other}.py small --out START, then --init START"
+    )
 
 
 def _start_from(run: TrainRun, model: nn.Module, weights: checkpoint.Weights | None = None) -> dict[str, Any]:
@@ -786,7 +802,7 @@ def _changed_weight(run: TrainRun, settings: Mapping[str, Any]) -> str | None:
 def _terms_of_one_clip(run: TrainRun) -> dict[str, Tensor]:
     """The loss terms of the first clip of each split; raises where data and model do not fit."""
     with torch.random.fork_rng(devices=[]):
-        model = families.build(run.model).eval()
+        model = families.build(run.model)
     _parameter_groups(model, run)
     names = families.FAMILIES[families.family_of(run.model)].inputs
     terms: dict[str, Tensor] = {}
@@ -799,7 +815,8 @@ def _terms_of_one_clip(run: TrainRun) -> dict[str, Tensor]:
         )  # refuses clips that are too short, and an empty split
         clip = next(iter_clips(source, limit=1, length=run.clip_frames, truth=names))
         inputs: dict[str, Any] = {**clips.stack_truth([clip], names)}
-        with torch.no_grad():
+        model.train(split == "train")  # what is for test only is refused here, too
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             terms |= model(clips.to_model_input(clips.collate([clip])), **inputs).terms
     return terms
 

@@ -140,6 +140,46 @@ def test_data_that_do_not_fit_the_model_leave_no_run_folder(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [((), "^inference=.sequential"), (("steps=1", "model.inference=sequential"), "^stage 2 .*inference=.sequential")],
+)
+def test_inference_that_is_for_test_only_leaves_no_run_folder(
+    tmp_path: Path, stages: tuple[str, ...], message: str
+) -> None:
+    run = dataclasses.replace(PRESETS["iodine"]["debug"], out=str(tmp_path / "run"), stages=stages)
+    if not stages:
+        run = with_overrides(run, {"model.inference": "sequential"})
+    with pytest.raises(ValueError, match=message):
+        loop.open_run(run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_opening_a_run_draws_nothing_from_the_random_state(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    loop.open_run(dataclasses.replace(PRESETS["provide"]["debug"], out=str(tmp_path / "run")))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("preset", ["debug", "bouncing-balls"])
+def test_a_run_that_is_meant_to_start_from_another_family_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], preset: str
+) -> None:
+    monkeypatch.setattr(loop, "_try_one_clip", lambda run: None)
+    assert vars(PRESETS["provide"]["small"].model)["conditional_decoder"] == "residual"  # as in debug
+    run = dataclasses.replace(PRESETS["provide"][preset], out=str(tmp_path / "run"))
+    loop.open_run(run)
+    told = capsys.readouterr().err
+    if preset == "bouncing-balls":  # the paper's own recipe
+        assert told == ""
+        return
+    assert told.startswith("note: provide begins from drawn weights, but with model.conditional_decoder=residual")
+    assert told.endswith("python jobs/train_iodine.py small --out START, then --init START\n")
+    assert told.count("\n") == 1
+    loop.open_run(dataclasses.replace(run, resume=True))
+    assert capsys.readouterr().err == ""
+
+
 def test_resume_without_out_is_refused() -> None:
     with pytest.raises(ValueError, match="--resume needs --out"):
         loop.open_run(dataclasses.replace(DEBUG, resume=True))
