@@ -410,12 +410,15 @@ class Refiner(nn.Module):
             final: no refinement follows, so the gradient with respect to the slots is not needed.
         """
         slots = posterior.sample(noise)
-        training = torch.is_grad_enabled()
         inputs = (slots,) if context is None else (slots, context)
+        weights = [p for part in (self.decoder, self.vector) if part is not None for p in part.parameters()]
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *weights))
         if training and not self.config.recompute:
-            logits = self.logits(*inputs)
+            # The refinement wants the gradient also of slots that nothing else wants it of: a frozen first posterior's.
+            decoded = slots if final or slots.requires_grad else slots.detach().requires_grad_()
+            logits = self.logits(decoded, *inputs[1:])
             found = self._mixture(scene.frame, logits)
-            grad_slots = None if final else _gradient(logits, slots, found.grad_logits, keep=True)
+            grad_slots = None if final else _gradient(logits, decoded, found.grad_logits, keep=True)
         else:
             leaves = [tensor.detach() for tensor in inputs]
             with torch.set_grad_enabled(not final):
@@ -425,7 +428,6 @@ class Refiner(nn.Module):
                 grad_slots = None if final else _gradient(known, leaves[0], found.grad_logits, keep=False)
             logits = known.detach()
             if training:
-                weights = [p for part in (self.decoder, self.vector) if part is not None for p in part.parameters()]
                 logits = recomputed(self.logits, logits, inputs, weights)
         kl = gaussian_kl(*posterior, *(prior or (0.0, 0.0))).flatten(1).sum(1)
         loss = mixture.attach(logits, found) + self.config.kl_weight * kl

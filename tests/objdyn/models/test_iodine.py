@@ -150,6 +150,33 @@ def test_extra_features_reach_the_refinement_and_are_not_trained() -> None:
         IODINE(config)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_frozen_model_infers_alike_with_and_without_gradients_enabled(recompute: bool) -> None:
+    model = build(recompute=recompute)
+    with torch.no_grad():
+        wanted = [*model.encode(video()), model(video()).total]
+    model.requires_grad_(False)
+    found = [*model.encode(video()), model(video()).total]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+        assert not a.requires_grad
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("part", ["refiner.initial", "refiner.decoder", "refiner.cnn", "refiner.head", "lstm"])
+def test_a_part_trained_alone_gets_the_gradient_that_it_gets_among_all(part: str, recompute: bool) -> None:
+    gradients = []
+    for others in (True, False):
+        model = build(recompute=recompute).train()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(others or name.startswith(part))
+        torch.manual_seed(1)
+        model(video()).total.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if name.startswith(part)})
+    for name, wanted in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], wanted, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -255,6 +255,43 @@ def test_a_start_from_an_iodine_of_another_size_is_refused() -> None:
         start_from_iodine(build(), old.config, old.state_dict())
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("prediction", ["paper", "reference"])
+def test_a_frozen_model_infers_alike_with_and_without_gradients_enabled(prediction: str, recompute: bool) -> None:
+    model = build(prediction=prediction, recompute=recompute)
+
+    def run() -> list[Tensor]:
+        latents = model.encode(video())
+        future = model.rollout(latents, 2)
+        return [*latents, *future, model.decode(future).video, model(video()).total]
+
+    with torch.no_grad():
+        wanted = run()
+    model.requires_grad_(False)
+    for a, b in zip(run(), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+        assert not a.requires_grad
+
+
+PARTS = ["refiner.initial", "refiner.vector", "refiner.decoder", "refiner.cnn", "refiner.head", "lstm", "prior"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_trained_alone_gets_the_gradient_that_it_gets_among_all(part: str, recompute: bool) -> None:
+    gradients = []
+    for others in (True, False):
+        model = build(recompute=recompute).train()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(others or name.startswith(part))
+        torch.manual_seed(1)
+        model(video(t=3)).total.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if name.startswith(part)})
+    for name, wanted in gradients[0].items():
+        assert wanted is not None
+        torch.testing.assert_close(gradients[1][name], wanted, atol=1e-4 * float(wanted.abs().max()), rtol=1e-4)
+
+
 def test_settings_of_seq_iodine_are_refused() -> None:
     with pytest.raises(ValueError, match="provide has no such mode"):
         build(inference="sequential")
