@@ -8,7 +8,8 @@
 Whatever else a caller wants (reconstruct, predict, segment) is a composition, written once in ``families.py``.
 """
 
-from typing import Any, NamedTuple, Protocol, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Float
@@ -60,3 +61,20 @@ class VideoModel(Protocol[Latents]):
     def rollout(self, latents: Latents, horizon: int, *, generator: torch.Generator | None = None) -> Latents: ...
 
     def decode(self, latents: Latents, components: bool = False) -> Scene: ...
+
+
+def check_choices(config: object) -> None:
+    """Refuse what a field's ``Literal`` does not list; a config's ``__post_init__`` calls it.
+
+    Python itself takes any value there, and a model would fall through to whichever branch comes last.
+
+    Raises:
+        ValueError: a field has a value that is none of its choices; says which there are.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if any(kind is not NoneType and get_origin(kind) is not Literal for kind in kinds):
+            continue
+        choices = [choice for kind in kinds for choice in (get_args(kind) or (None,))]
+        if (value := getattr(config, name)) not in choices:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")

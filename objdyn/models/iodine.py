@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from objdyn.distributions import gaussian_kl
-from objdyn.interface import Loss, Scene
+from objdyn.interface import Loss, Scene, check_choices
 from objdyn.layers import mixture
 from objdyn.layers.mixture import MixtureKind
 from objdyn.layers.refinement import RefinementCNN, SpatialBroadcastDecoder, coordinate_planes, recomputed
@@ -103,38 +103,29 @@ class IODINEConfig:
     """Compute decoder and refinement CNN again in backward instead of keeping their activations."""
 
     def __post_init__(self) -> None:
-        check_slots(self)
-
-
-def check_slots(config: "IODINEConfig | object") -> None:
-    """Refuse what no slot model can work with.
-
-    Raises:
-        ValueError: a setting is impossible; says which and what is wanted.
-    """
-    get = config.__dict__.__getitem__
-    if get("num_slots") < 2:
-        raise ValueError(f"num_slots must be at least 2 (one object and the background), got {get('num_slots')}")
-    for name in ("num_refinements", "slot_dim", "refine_dim", "decoder_upsample"):
-        if get(name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {get(name)}")
-    for name in ("decoder_channels", "refine_channels"):
-        if not get(name) or min(get(name)) < 1:
-            raise ValueError(f"{name} must be one or more positive widths, got {get(name)}")
-    size, upsample = get("image_size"), get("decoder_upsample")
-    if size % 4 or size % upsample or size // upsample < 4:
-        raise ValueError(
-            f"image_size must be a multiple of 4 and of decoder_upsample={upsample} and at least four times that, "
-            f"got {size}"
-        )
-    for name in ("likelihood_var", "sequential_clamp"):
-        if (value := get(name)) is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-    for name in ("likelihood_weight", "kl_weight", "entropy_weight", "extra_channels"):
-        if not 0 <= get(name) < math.inf:
-            raise ValueError(f"{name} must be 0 or more and finite, got {get(name)}")
-    if (value := get("initial_log_var")) is not None and not LOG_VAR_RANGE[0] <= value <= LOG_VAR_RANGE[1]:
-        raise ValueError(f"initial_log_var must be None or within {LOG_VAR_RANGE}, got {value}")
+        check_choices(self)
+        if self.num_slots < 2:
+            raise ValueError(f"num_slots must be at least 2 (one object and the background), got {self.num_slots}")
+        for name in ("num_refinements", "slot_dim", "refine_dim", "decoder_upsample"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("decoder_channels", "refine_channels"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be one or more positive widths, got {getattr(self, name)}")
+        size, upsample = self.image_size, self.decoder_upsample
+        if size % 4 or size % upsample or size // upsample < 4:
+            raise ValueError(
+                f"image_size must be a multiple of 4 and of decoder_upsample={upsample} and at least four times that, "
+                f"got {size}"
+            )
+        for name in ("likelihood_var", "sequential_clamp"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        for name in ("likelihood_weight", "kl_weight", "entropy_weight", "extra_channels"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
+        if (value := self.initial_log_var) is not None and not LOG_VAR_RANGE[0] <= value <= LOG_VAR_RANGE[1]:
+            raise ValueError(f"initial_log_var must be None or within {LOG_VAR_RANGE}, got {value}")
 
 
 class Posterior(NamedTuple):

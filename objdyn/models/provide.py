@@ -80,10 +80,15 @@ class PROVIDEConfig(IODINEConfig):
     """A predicted frame: the whole grid on its own reconstruction without gradients (paper); or one decode of the first
     draw is the frame, and one refinement on it gives the next state (released code)."""
 
+    inference: Literal["per_frame"] = "per_frame"
+    """No choice here: SEQ-IODINE is a mode of iodine."""
+    sequential_clamp: None = None
+    """No choice here: a setting of SEQ-IODINE."""
+
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.inference != "per_frame" or self.sequential_clamp is not None:
             raise ValueError("inference and sequential_clamp are settings of SEQ-IODINE; provide has no such mode")
+        super().__post_init__()
 
 
 class PROVIDELatents(NamedTuple):

@@ -180,6 +180,13 @@ def test_a_part_trained_alone_gets_the_gradient_that_it_gets_among_all(part: str
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"refine": "stride"}, "^refine must be 'full' or 'strided', got 'stride'$"),
+        ({"refine_pool": "max"}, "^refine_pool must be 'flatten' or 'mean', got 'max'$"),
+        ({"mixture": "pixel"}, "^mixture must be 'per_channel' or 'per_pixel', got 'pixel'$"),
+        ({"mask_posterior": "softmax"}, "^mask_posterior must be 'log' or 'reference', got 'softmax'$"),
+        ({"cell_weights": "flat"}, "^cell_weights must be 'ramp' or 'linspace' or 'reference', got 'flat'$"),
+        ({"conv_init": "fan"}, "^conv_init must be 'default' or 'fan_in', got 'fan'$"),
+        ({"inference": "seq"}, "^inference must be 'per_frame' or 'sequential', got 'seq'$"),
         ({"num_slots": 1}, "num_slots must be at least 2 .* got 1"),
         ({"num_refinements": 0}, "num_refinements must be at least 1, got 0"),
         ({"image_size": 30}, "image_size must be a multiple of 4"),

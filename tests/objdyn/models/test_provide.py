@@ -292,6 +292,23 @@ def test_a_part_trained_alone_gets_the_gradient_that_it_gets_among_all(part: str
         torch.testing.assert_close(gradients[1][name], wanted, atol=1e-4 * float(wanted.abs().max()), rtol=1e-4)
 
 
-def test_settings_of_seq_iodine_are_refused() -> None:
+@pytest.mark.parametrize("settings", [{"inference": "sequential"}, {"sequential_clamp": 10.0}])
+def test_settings_of_seq_iodine_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="provide has no such mode"):
-        build(inference="sequential")
+        build(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"grid": "square"}, "^grid must be 'triangular' or 'full', got 'square'$"),
+        ({"prior_head": "softplus"}, "^prior_head must be 'linear' or 'softplus_logvar', got 'softplus'$"),
+        ({"conditional_decoder": "film"}, "^conditional_decoder must be 'mlp' or 'residual' or 'none', got 'film'$"),
+        ({"prediction": "code"}, "^prediction must be 'paper' or 'reference', got 'code'$"),
+        ({"refine": "stride"}, "^refine must be 'full' or 'strided', got 'stride'$"),
+        ({"num_slots": 1}, "^num_slots must be at least 2"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
