@@ -91,7 +91,7 @@ def mixture(
     Source: PROVIDE (Zablotskaia et al. 2020), equation 7. Its released code takes the mixture per channel and 0.3 as
     the variance, IODINE (Greff et al. 2019) writes it per pixel.
     """
-    logits, frame = logits.float(), frame.float()
+    logits, frame = _in_full(logits), _in_full(frame)
     means = logits[:, :, :3].sigmoid()
     log_masks = logits[:, :, 3:].log_softmax(1)
     masks = log_masks.exp()
@@ -147,8 +147,9 @@ def leave_one_out(
     The sums leave k out; subtracting m_k e_k from the full sum would cancel to NaN in fp32 where m_k nears 1.
     """
     k = logits.shape[1]
-    log_masks = logits[:, :, 3:].float().log_softmax(1)
-    log_e = log_components(frame.float(), logits[:, :, :3].float().sigmoid(), var)
+    logits, frame = _in_full(logits), _in_full(frame)
+    log_masks = logits[:, :, 3:].log_softmax(1)
+    log_e = log_components(frame, logits[:, :, :3].sigmoid(), var)
     if kind == "per_pixel":
         log_e = log_e.sum(2, keepdim=True)
     joint = log_masks + log_e
@@ -158,6 +159,11 @@ def leave_one_out(
         share = joint[:, others].logsumexp(1) - log_masks[:, others].logsumexp(1)
         without.append(share.sum(1, keepdim=True))
     return torch.stack(without, dim=1)
+
+
+def _in_full(tensor: Tensor) -> Tensor:
+    """In fp32 at least, whatever autocast made of it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _WithGradient(torch.autograd.Function):

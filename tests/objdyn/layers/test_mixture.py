@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -38,11 +39,25 @@ def test_gradients_in_closed_form_are_those_of_autograd(kind: MixtureKind, var: 
     value = 7.0 * nll + 0.5 * entropy
     wanted = torch.autograd.grad(value.sum(), (logits, rendering.means, rendering.masks))
     found = mixture.mixture(frame, logits, var=var, kind=kind, likelihood_weight=7.0, entropy_weight=0.5)
-    torch.testing.assert_close(found.nll.double(), nll.detach(), atol=1e-3, rtol=1e-5)
-    torch.testing.assert_close(found.entropy.double(), entropy.detach(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.nll, nll.detach(), atol=0, rtol=1e-9)
+    torch.testing.assert_close(found.entropy, entropy.detach(), atol=0, rtol=1e-9)
     for got, want in zip((found.grad_logits, found.grad_means, found.grad_masks), wanted, strict=True):
-        scale = want.abs().max()
-        torch.testing.assert_close(got.double() / scale, want / scale, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(got, want, atol=1e-10 * float(want.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mixture_is_computed_in_fp32_from_single_and_half_precision(kind: MixtureKind, dtype: torch.dtype) -> None:
+    frame, logits = draw()
+    logits = logits.to(dtype)
+    settings: Any = {"var": 0.3, "kind": kind, "likelihood_weight": 7.0, "entropy_weight": 0.5}
+    found = mixture.mixture(frame, logits, **settings)
+    wanted = mixture.mixture(frame.double(), logits.double(), **settings)
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, atol=2e-6 * float(want.abs().max()), rtol=1e-5)
+    without = [mixture.leave_one_out(f, x, var=0.3, kind=kind) for f, x in ((frame, logits), (frame, logits.float()))]
+    assert torch.equal(*without)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
+from objdyn.layers import mixture
 from objdyn.models.iodine import IODINE, IODINEConfig, State
 from objdyn.models.provide import PROVIDE, GridLSTMCell, Prior, PROVIDEConfig, light_cells, start_from_iodine
 
@@ -92,6 +95,151 @@ def test_the_released_prior_never_has_a_standard_deviation_below_one() -> None:
     state = 10 * torch.randn(4, 3, 8)
     assert Prior(8, 4, "softplus_logvar")(state).log_var.min() >= 0
     assert Prior(8, 4, "linear")(state).log_var.min() < 0
+
+
+def test_the_prior_network_says_log_sigma_or_in_the_released_code_the_log_variance() -> None:
+    torch.manual_seed(0)
+    state = torch.randn(4, 3, 8)
+    for head in ("linear", "softplus_logvar"):
+        prior = Prior(8, 4, head)
+        hidden = prior.hidden(state).clamp_min(0)
+        output = prior.spread(hidden)
+        wanted = output.exp().square() if head == "linear" else F.softplus(output).exp()
+        found = prior(state)
+        torch.testing.assert_close(found.log_var.exp(), wanted)
+        torch.testing.assert_close(found.mean, prior.mean(hidden))
+
+
+class Spy:
+    """Calls of a model's ``look`` and ``describe``, and inputs of its CNN and its LSTM, cell by cell."""
+
+    def __init__(self, model: PROVIDE, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.looked: list[tuple[Any, Any, Any]] = []
+        """Positional and named arguments, and the ``Sight``."""
+        self.described: list[Any] = []
+        """Named arguments."""
+        self.maps: list[tuple[Tensor, Tensor]] = []
+        self.states: list[tuple[Tensor, State, State]] = []
+        look, describe = model.refiner.look, model.refiner.describe
+
+        def note_look(*arguments: Any, **named: Any) -> Any:
+            sight = look(*arguments, **named)
+            self.looked.append((arguments, named, sight))
+            return sight
+
+        def note_describe(*arguments: Any, **named: Any) -> Any:
+            self.described.append(named)
+            return describe(*arguments, **named)
+
+        monkeypatch.setattr(model.refiner, "look", note_look)
+        monkeypatch.setattr(model.refiner, "describe", note_describe)
+        model.refiner.cnn.register_forward_pre_hook(lambda _, given: self.maps.append(given))
+        model.lstm.register_forward_pre_hook(lambda _, given: self.states.append(given))
+
+
+def states_before(model: PROVIDE, frames: int) -> list[Tensor]:
+    """The temporal state before each frame of ``video(t=frames)``."""
+    with torch.no_grad():
+        hidden = model.encode(video(t=frames)).hidden
+    return [torch.zeros_like(hidden[:, 0]), *hidden.unbind(1)]
+
+
+def test_the_loss_has_the_kl_to_the_prior_of_the_temporal_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell of the loss added up, its KL by torch and its prior from the state that encoding leaves behind."""
+    model = build(entropy_weight=0.3)
+    before = states_before(model, 3)
+    assert model.prior is not None
+    spy = Spy(model, monkeypatch)
+    with torch.no_grad():
+        loss = model(video(t=3))
+        cells = iter(spy.looked)
+        total, last = 0.0, []
+        for t in range(3):
+            prior = model.prior(before[t])
+            p = Normal(prior.mean, (prior.log_var / 2).exp())
+            decodes = light_cells(model.config, t) + 1
+            for s in range(1, decodes + 1):
+                (_, posterior, _), named, sight = next(cells)
+                torch.testing.assert_close(named["prior"], prior)
+                kl = kl_divergence(Normal(posterior.mean, (posterior.log_var / 2).exp()), p).flatten(1).sum(1)
+                total += s / decodes * float((100 * sight.found.nll + 10 * kl + 0.3 * sight.found.entropy).mean())
+                last += [kl.mean()] if s == decodes else []
+    assert next(cells, None) is None
+    assert float(loss.total) == pytest.approx(total, rel=1e-5)
+    torch.testing.assert_close(loss.terms["kl"], torch.stack(last).mean())
+    refined = [named for _, named, sight in spy.looked if sight.grad_slots is not None]
+    assert all(a["prior"] is b["prior"] for a, b in zip(refined, spy.described, strict=True))
+
+
+@pytest.mark.parametrize("refine_final_cell", [False, True])
+def test_every_cell_sees_the_temporal_state_before_its_frame(
+    refine_final_cell: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(refine_final_cell=refine_final_cell)
+    before = states_before(model, 3)
+    spy = Spy(model, monkeypatch)
+    with torch.no_grad():
+        latents = model.encode(video(t=3))
+    cells = [t for t in range(3) for _ in range(light_cells(model.config, t) + (refine_final_cell and t > 0))]
+    assert len(spy.looked) == len(spy.states) == len(cells)
+    for t, (_, named, sight), (_, past, _) in zip(cells, spy.looked, spy.states, strict=True):
+        assert torch.equal(past.hidden, before[t])
+        assert torch.equal(named["context"], before[t])
+        torch.testing.assert_close(sight.logits, model.refiner.logits(sight.slots, before[t]))
+    for t in range(3):
+        assert torch.equal(latents.decoder_state[:, t], before[t])
+
+
+def test_a_decoded_frame_depends_on_the_temporal_state_before_it() -> None:
+    model = build()
+    with torch.no_grad():
+        latents = model.encode(video())
+        rendering = mixture.render(model.refiner.logits(latents.slots[:, 2], latents.decoder_state[:, 2]))
+        other = latents._replace(decoder_state=torch.zeros_like(latents.decoder_state))
+        scene, moved = model.decode(latents), model.decode(other)
+    torch.testing.assert_close(scene.video[:, 2], rendering.frame)
+    torch.testing.assert_close(scene.video[:, 0], moved.video[:, 0])  # before the first frame it is zero anyway
+    assert all(not torch.allclose(scene.video[:, t], moved.video[:, t]) for t in (1, 2, 3))
+
+
+@pytest.mark.parametrize("prediction", ["paper", "reference"])
+def test_a_prediction_depends_on_the_temporal_state(prediction: str) -> None:
+    model = build(prediction=prediction)
+    with torch.no_grad():
+        latents = model.encode(video())
+        future = model.rollout(latents, 2)
+        for name in ("hidden", "cell"):
+            other = latents._replace(**{name: torch.zeros_like(latents.hidden)})
+            for a, b in zip(model.rollout(other, 2).hidden.unbind(1), future.hidden.unbind(1), strict=True):
+                assert not torch.allclose(a, b), name
+    assert torch.equal(future.decoder_state[:, 0], latents.hidden[:, -1])
+    assert torch.equal(future.decoder_state[:, 1], future.hidden[:, 0])
+
+
+@pytest.mark.parametrize("prediction", ["paper", "reference"])
+def test_a_prediction_sees_its_own_reconstruction_and_no_gradient(
+    prediction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its likelihood is one of the other inputs and stays. Maps of a slot: means, mask, logit, gradients, posterior."""
+    model = build(prediction=prediction)
+    spy = Spy(model, monkeypatch)
+    with torch.no_grad():
+        latents = model.encode(video())
+        inferred = len(spy.maps)
+        model.rollout(latents, 2)
+    assert len(spy.maps) > inferred
+    cells = zip(spy.looked, spy.maps, spy.states, strict=True)
+    for number, ((_, _, sight), (shared, slots), (described, _, _)) in enumerate(cells):
+        gradients = (slots[:, :, 5:8], slots[:, :, 8:9], described[..., 8:16])
+        reconstruction = (slots[:, :, :3] * slots[:, :, 3:4]).sum(1)
+        assert (shared[:, 5] != 0).any()
+        torch.testing.assert_close(shared[:, 5:], F.layer_norm(sight.found.log_likelihood, (1, 8, 8)))
+        if number < inferred:
+            assert all(gradient.abs().amax((0, -1)).min() > 0.1 for gradient in gradients)
+            assert not torch.allclose(shared[:, :3], reconstruction, atol=0.1)
+        else:
+            assert all((gradient == 0).all() for gradient in gradients)
+            torch.testing.assert_close(shared[:, :3], reconstruction)
 
 
 def test_permuting_the_first_draw_permutes_the_slots_in_every_frame() -> None:
