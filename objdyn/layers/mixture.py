@@ -88,8 +88,8 @@ def mixture(
     With responsibilities rho_kc = m_k e_kc / sum_j m_j e_jc: dNLL/dmu_kc = rho_kc (mu_kc - x_c) / s2, and with respect
     to the mask logit sum_c (m_k - rho_kc). Per pixel, rho and the sum over c are taken once.
 
-    Source: PROVIDE (Zablotskaia et al. 2020), equation 7. Its released code takes the mixture per channel and 0.3 as
-    the variance, IODINE (Greff et al. 2019) writes it per pixel.
+    Source: PROVIDE (Zablotskaia et al. 2020), equation 6 for the likelihood and 7 for the entropy. Its released code
+    takes the mixture per channel and 0.3 as the variance, IODINE (Greff et al. 2019) writes it per pixel.
     """
     logits, frame = _in_full(logits), _in_full(frame)
     means = logits[:, :, :3].sigmoid()

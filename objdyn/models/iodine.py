@@ -188,7 +188,7 @@ class IODINE(nn.Module):
         self.lstm = nn.LSTMCell(self.refiner.input_dim, config.refine_dim)
 
     def forward(self, video: Float[Tensor, "b t c h w"]) -> Loss:
-        """The weighted sum of the losses of all cells, a mean over clips and frames (Greff et al., equation 4)."""
+        """The weighted sum of the losses of all cells, a mean over clips and frames (Greff et al.'s objective)."""
         if self.training and self.config.inference == "sequential":
             raise ValueError('inference="sequential" (SEQ-IODINE) is for test only; train with "per_frame"')
         frames, clips = flat_frames(video, self.config.image_size), video.shape[0]
@@ -292,7 +292,7 @@ class Refiner(nn.Module):
     """The parts of iterative inference that do not depend on how states recur: decoder, refinement CNN, update.
 
     Args:
-        config: an ``IODINEConfig``, or a ``PROVIDEConfig``, which has the same fields.
+        config: an ``IODINEConfig``; a ``PROVIDEConfig`` is one.
         extra_features: see ``IODINE``.
         vector: what the decoder takes of the slots and the temporal state (PROVIDE); None decodes the slots.
     """

@@ -12,9 +12,15 @@ draw; identity over time comes from that draw and from the temporal state.
 
 Reading order: PROVIDEConfig, PROVIDELatents, PROVIDE, then the modules that IODINE does not have. ``iodine.py`` has the
 rest. Conventions on which paper and released code differ are fields: the defaults are the paper's, the presets
-``*-released`` take the code's (without its schedule of beta on colour data). The later submission compares a second
-grid in its table 5, whose formula is not in the text that we have; it is not here. The entropy term is minimised, as
-the paper's equation 7 and the code do; its text says the opposite.
+``*-released`` take the code's. Two things of the code are not here:
+
+- its schedule of beta on colour data;
+- its gradient in the first cell of a frame. The code draws z once and reuses that draw, so there the gradient with
+  respect to the posterior holds only what the KL gives. Here z is the posterior's sample in every cell, so that the
+  refinement always sees the full gradient.
+
+The later submission compares a second grid in its table 5, whose formula is not in the text that we have; it is not
+here. The entropy term is minimised, as the paper's equation 7 and the code do; its text says the opposite.
 """
 
 from collections.abc import Callable, Mapping
@@ -126,7 +132,7 @@ class PROVIDE(nn.Module):
         self.prior = Prior(config.refine_dim, config.slot_dim, config.prior_head) if config.conditional_prior else None
 
     def forward(self, video: Float[Tensor, "b t c h w"]) -> Loss:
-        """The weighted sum of the losses of all cells, summed over frames, a mean over clips (equation 6 and 7)."""
+        """The weighted sum of the losses of all cells, summed over frames, a mean over clips (equations 3 and 7)."""
         frames = flat_frames(video, self.config.image_size).unflatten(0, video.shape[:2])
         shape = (video.shape[0], self.config.num_slots, self.config.slot_dim)
         first = train_draw(shape, video.device, self.training)
@@ -160,7 +166,7 @@ class PROVIDE(nn.Module):
     def rollout(
         self, latents: PROVIDELatents, horizon: int, *, generator: torch.Generator | None = None
     ) -> PROVIDELatents:
-        """Go on without frames: each is replaced by its own reconstruction, and no gradient is given (section 3.5).
+        """Go on without frames: each is replaced by its own reconstruction, and no gradient is given (section 3.2.3).
 
         ``latents`` are of all frames seen: their number says where on the grid the next one is.
 
