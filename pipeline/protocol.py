@@ -1,14 +1,17 @@
 """PROVIDE's evaluation on Bouncing Balls: the paper's tables with a checkpoint's numbers beside the published ones.
 
     Table 1      decomposition of the first 10, 20, 30 and 40 frames: ARI, F-ARI, MSE
-    Table 2      the same on 6 to 8 balls, with more slots than the model was trained with
+    Table 2      the same on 6 to 8 balls (or on --data), with more slots than the model was trained with
     Table 3      ablation: which of its rows the checkpoint is
     Prediction   3, 5, 7 and 10 frames after 20 that were seen (figure 5, of which no numbers are published)
     Velocity     cosine between predicted and true velocities (figure 4 of the later submission)
 
 ARI is per frame, then a mean over frames and videos; F-ARI leaves out the true background. Every video is encoded once,
 40 frames long: a causal model's first 10 frames do not depend on the others. Videos stream through in batches, and of
-each only its scores are kept.
+each only its scores are kept. Videos without a true segmentation count in MSE alone.
+
+Beside a folder of colour videos stand the paper's numbers of colour Bouncing Balls and of CLEVRER: what it holds, its
+user knows.
 
 Source: Zablotskaia et al., "PROVIDE" (2020, arXiv 2006.14727), sections 4.2 to 4.6 and supplement A.3, C. Where the
 paper is silent: Table 2 is measured at 10 frames (what the released code's README tests) and at 40.
@@ -17,8 +20,8 @@ paper is silent: Table 2 is measured at 10 frames (what the released code's READ
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -52,9 +55,12 @@ NO_FEATURES = (
     "The published numbers most likely include features of an ImageNet SqueezeNet, which the released code gives its "
     "refinement by default; ours have none."
 )
+NO_TRUTH = "the videos hold no true segmentation"
 METRICS = ("ari", "fg_ari", "mse")
 HEADS = {"ari": "ARI", "fg_ari": "F-ARI", "mse": "MSE"}
 REPORT_EVERY = 10.0
+
+Published = TypeVar("Published")
 
 PAPER_TABLE_1: dict[str, dict[str, tuple[tuple[float, ...], ...]]] = {
     "binary": {
@@ -80,8 +86,18 @@ PAPER_TABLE_1: dict[str, dict[str, tuple[tuple[float, ...], ...]]] = {
         ),
         "PROVIDE": ((0.7275, 0.7291, 0.7298, 0.7301), (1.0, 1.0, 0.9999, 0.9999), (0.0002,) * 4),
     },
+    "CLEVRER": {
+        "IODINE": ((0.1791,) * 4, (0.9316,) * 4, (0.0004,) * 4),
+        "SEQ-IODINE": (
+            (0.1171, 0.1378, 0.1558, 0.1684),
+            (0.8520, 0.8774, 0.8780, 0.8759),
+            (0.0009, 0.0009, 0.0010, 0.0010),
+        ),
+        "PROVIDE": ((0.2220, 0.2403, 0.2555, 0.2681), (0.9182, 0.9258, 0.9309, 0.9312), (0.0003,) * 4),
+    },
 }
-"""ARI, F-ARI and MSE at ``LENGTHS``: Table 1 of the paper, 4 balls. IODINE has one number, of the longest videos."""
+"""ARI, F-ARI and MSE at ``LENGTHS``: Table 1 of the paper, 4 balls, and 3 to 5 objects of CLEVRER. IODINE has one
+number, of the longest videos."""
 PAPER_TABLE_2: dict[str, dict[str, tuple[float, float, float]]] = {
     "binary": {
         "R-NEM": (0.4484, 0.6377, 0.0328),
@@ -97,8 +113,14 @@ PAPER_TABLE_2: dict[str, dict[str, tuple[float, float, float]]] = {
         "PROVIDE, 4 colours": (0.4275, 0.9998, 0.0004),
         "PROVIDE, 8 colours": (0.4317, 0.9900, 0.0114),
     },
+    "CLEVRER": {
+        "IODINE": (0.2205, 0.9305, 0.0006),
+        "SEQ-IODINE": (0.1482, 0.8645, 0.0012),
+        "PROVIDE": (0.2839, 0.9355, 0.0004),
+    },
 }
-"""ARI, F-ARI and MSE: Table 2 of the paper, 6 to 8 balls, trained with 5 slots on 4 balls and tested with 9."""
+"""ARI, F-ARI and MSE: Table 2 of the paper, 6 to 8 balls, trained with 5 slots on 4 balls and tested with 9; CLEVRER
+with 6 objects, trained with 6 slots and tested with 7."""
 PAPER_TABLE_3: tuple[tuple[tuple[bool, bool, bool, int], tuple[float, float, float]], ...] = (
     ((False, False, False, 20), (0.0126, 0.7765, 0.0340)),
     ((True, True, False, 20), (0.2994, 0.9999, 0.0010)),
@@ -134,7 +156,10 @@ class Table(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Scores of one pass over the videos, each (videos, columns)."""
+    """Scores of one pass over the videos, each (videos, columns).
+
+    ARI and F-ARI are NaN for videos without a true segmentation, and not there if no video has one.
+    """
 
     lengths: Mapping[str, np.ndarray]
     """Mean over the first so many frames, by metric, also of the baselines (``one_cluster_ari``)."""
@@ -177,20 +202,23 @@ def bouncing_balls_protocol(run: EvaluateRun) -> str:
     bench = _Bench(base, checkpoint, device, binary)
 
     main = bench.measure(loaded, videos, LENGTHS, predict=True)
-    lengths = tuple(length for length in LENGTHS if length <= videos.source.num_frames)
     first = [_ours(loaded.family.upper(), main.lengths, LENGTHS, videos), *_baselines(main.lengths, LENGTHS, videos)]
     first[1:1] = bench.sequential(loaded, videos, LENGTHS, "SEQ-IODINE")
-    causal = ()
+    more = list[str]()
     if not FAMILIES[loaded.family].causal:
-        causal = (f"Family {loaded.family} is not causal: the first frames were encoded together with the later ones.",)
+        more.append(f"Family {loaded.family} is not causal: the first frames were encoded together with later ones.")
+    if slots is not None:
+        more.append(f"Slots: {loaded.config.num_slots}, as in training; --set model.num_slots is for Table 2 alone.")
     table1 = Table(
         f"Table 1. Decomposition, {kind}, length",
         tuple(map(str, LENGTHS)),
-        (*(_paper(name, rows) for name, rows in PAPER_TABLE_1[kind].items()), *first),
+        (*(_paper(name, rows) for name, rows in _published(PAPER_TABLE_1, kind, videos).items()), *first),
         (
             *videos.notes,
-            *causal,
+            *more,
             *_unfinished(loaded),
+            *_whose_numbers(kind, videos, "4 balls", "3 to 5 objects"),
+            *_segmented(main.lengths),
             NO_FEATURES,
             "The paper's IODINE is one number, of the longest videos; it is repeated for every length.",
         ),
@@ -198,7 +226,7 @@ def bouncing_balls_protocol(run: EvaluateRun) -> str:
     tables = {
         "table1": table1,
         "table2": bench.more_balls(loaded, videos, slots, kind),
-        "table3": _ablation(loaded, trained, main, lengths, binary),
+        "table3": _ablation(loaded, trained, main, videos, binary),
         "prediction": _prediction(loaded, main, videos),
     }
     velocity = _velocity(main, loaded, videos)
@@ -301,7 +329,7 @@ class _Bench:
         """Score one pass over the videos.
 
         Raises:
-            ValueError: there is no video, or one without a true segmentation.
+            ValueError: there is no video.
         """
         source, family = videos.source, FAMILIES[loaded.family]
         fitting = [length for length in lengths if length <= source.num_frames]
@@ -309,27 +337,23 @@ class _Bench:
             return Found({}, {}, ())
         predict = predict and "rollout" in family.verbs and SEEN + AHEAD[-1] <= source.num_frames
         longest = max(*fitting, SEEN + AHEAD[-1]) if predict else max(fitting)
-        scored: dict[str, list[np.ndarray]] = {}
-        ahead: dict[str, list[np.ndarray]] = {}
+        scored: list[tuple[int, segments.Scores]] = []
+        ahead: list[tuple[int, segments.Scores]] = []
         velocity: list[segmentation.VelocityCosine] = []
         total, done, started, told = self.limit(source), 0, time.monotonic(), time.monotonic()
         truth = ("segmentation", "positions", "present", *family.inputs)
-        stream = _with_masks(iter_clips(source, total, longest, truth))
-        for clips in batches(stream, self.run.batch_size):
+        for clips in batches(iter_clips(source, total, longest, truth), self.run.batch_size):
             video = to_model_input(collate(clips), self.device)
             inputs = stack_truth(clips, family.inputs, self.device)
             with torch.no_grad():
                 whole = loaded.model.encode(video, **inputs)
                 made = segments.render(loaded.model, whole, masks=True)
                 per_frame = _reconstruction(clips, video, made)
-                for name, values in per_frame.items():
-                    means = [values[:, :length].mean(axis=1) for length in fitting]
-                    scored.setdefault(name, []).append(np.stack(means, axis=1))
+                scored.append((len(clips), {name: _means(values, fitting) for name, values in per_frame.items()}))
                 if predict:
                     seen = whole if family.causal else loaded.model.encode(video[:, :SEEN], **inputs)
                     errors, speeds = _future(loaded, clips, video, segments.cut(seen, 0, SEEN))
-                    for name, values in errors.items():
-                        ahead.setdefault(name, []).append(values)
+                    ahead.append((len(clips), errors))
                     velocity += speeds
             done += len(clips)
             if time.monotonic() - told > REPORT_EVERY or done == total:
@@ -340,11 +364,7 @@ class _Bench:
                 )
         if not done:
             raise ValueError(f"split {source.split!r} of {videos.data} has no videos; there is nothing to evaluate")
-        return Found(
-            {name: np.concatenate(values) for name, values in scored.items()},
-            {name: np.concatenate(values) for name, values in ahead.items()},
-            tuple(velocity),
-        )
+        return Found(segments.join(scored), segments.join(ahead), tuple(velocity))
 
     def sequential(self, loaded: Loaded, videos: Videos, lengths: Sequence[int], name: str, **more: Any) -> list[Row]:
         """SEQ-IODINE, if the model is an IODINE; on binary videos it is clamped from 20 frames on."""
@@ -362,38 +382,47 @@ class _Bench:
         return [_side_by_side(parts)]
 
     def more_balls(self, loaded: Loaded, videos: Videos, slots: int | None, kind: str) -> Table:
-        """Table 2."""
+        """Table 2: on videos of the simulator with more balls, or with ``slots`` slots on the videos that there are."""
         rows = [Row(name, "paper", dict(zip(METRICS, [(v,) * 2 for v in values], strict=True)))
-                for name, values in PAPER_TABLE_2[kind].items()]  # fmt: skip
+                for name, values in _published(PAPER_TABLE_2, kind, videos).items()]  # fmt: skip
         columns = tuple(f"at {length}" for length in MORE_LENGTHS)
-        title = f"Table 2. Generalization to {MORE_BALLS[0]}-{MORE_BALLS[1]} balls, {kind}"
+        balls = f"{MORE_BALLS[0]}-{MORE_BALLS[1]} balls" if videos.options else "more objects"
+        title = f"Table 2. Generalization to {balls}, {kind}"
         name = loaded.family.upper()
-        if videos.options is None:
+        whose = _whose_numbers(kind, videos, f"{MORE_BALLS[0]} to {MORE_BALLS[1]} balls", "6 objects")
+        if videos.options is None and slots is None:
             reason = (
                 f"{videos.data} is not sim:bouncing-balls, so videos with more balls cannot be made like it; evaluate "
                 "a dataset that has them with --data DIR --set model.num_slots=9"
             )
-            return Table(title, columns, (*rows, Row(name, "ours", {}, {"*": reason})))
-        own = videos.options.colors
-        variants = [own, own.replace("4", "8")] if own.endswith("4") else [own]
+            return Table(title, columns, (*rows, Row(name, "ours", {}, {"*": reason})), (*whose, NO_FEATURES))
         settings = {"num_slots": slots or MORE_BALLS[1] + 1} if hasattr(loaded.config, "num_slots") else {}
         wider, notes = self.load(**settings), list[str]()
-        for colors in variants:
-            options, changed = more_balls(videos.options, colors)
-            data = f"sim:{options.name}"
-            test = Videos(data, open_source(data, self.run.split), options)
-            label = "" if kind == "binary" else f", {colors[-1]} colours"
+        for test, label, said in self._wider_tests(videos, kind):
             found = self.measure(wider, test, MORE_LENGTHS)
             rows.append(_ours(f"{name}{label}", found.lengths, MORE_LENGTHS, test))
             rows += self.sequential(loaded, test, MORE_LENGTHS, f"SEQ-IODINE{label}", **settings)
             rows += _baselines(found.lengths, MORE_LENGTHS, test, label)
-            notes += [f"{data}, split {self.run.split}.", *(f"{note[0].upper()}{note[1:]}." for note in changed)]
+            notes += [*said, *_segmented(found.lengths)]
         if settings:
             notes.append(f"Slots: trained with {loaded.config.num_slots}, tested with {settings['num_slots']}.")
         else:
             notes.append(f"Family {loaded.family} has no number of slots to change: tested as it was trained.")
-        notes.append("The paper does not say how long its videos are here; its numbers stand in both columns.")
-        return Table(title, columns, tuple(rows), tuple(dict.fromkeys(notes)))
+        notes += [*whose, "The paper does not say how long its videos are here; its numbers stand in both columns."]
+        return Table(title, columns, tuple(rows), (*dict.fromkeys(notes), NO_FEATURES))
+
+    def _wider_tests(self, videos: Videos, kind: str) -> list[tuple[Videos, str, tuple[str, ...]]]:
+        """The videos of Table 2, a label for their rows, and notes."""
+        if videos.options is None:
+            return [(videos, "", (f"{videos.notes[0]} The same videos as in Table 1.",))]
+        own, tests = videos.options.colors, []
+        for colors in [own, own.replace("4", "8")] if own.endswith("4") else [own]:
+            options, changed = more_balls(videos.options, colors)
+            data = f"sim:{options.name}"
+            said = (f"{data}, split {self.run.split}.", *(f"{note[0].upper()}{note[1:]}." for note in changed))
+            label = "" if kind == "binary" else f", {colors[-1]} colours"
+            tests.append((Videos(data, open_source(data, self.run.split), options), label, said))
+        return tests
 
 
 def _trained(loaded: Loaded) -> TrainRun:
@@ -435,30 +464,53 @@ def _is_binary(source: Source) -> bool:
     raise ValueError(f"split {source.split!r} of {source.id} has no videos; there is nothing to evaluate")
 
 
-def _with_masks(clips: Iterator[Clip]) -> Iterator[Clip]:
-    for clip in clips:
-        if "segmentation" not in clip.truth:
-            raise ValueError(
-                f"clip {clip.key} has no true segmentation, which the protocol compares with; give --data with masks"
-            )
-        yield clip
+def _published(table: Mapping[str, Mapping[str, Published]], kind: str, videos: Videos) -> dict[str, Published]:
+    """The paper's rows for videos of a kind, by name; colour videos of a folder may be CLEVRER as well as balls."""
+    rows = dict(table[kind])
+    if videos.options is None and kind == "colour":
+        rows |= {f"{name}, CLEVRER": values for name, values in table["CLEVRER"].items()}
+    return rows
 
 
-def _reconstruction(clips: Sequence[Clip], video: Tensor, made: segments.Rendered) -> dict[str, np.ndarray]:
+def _whose_numbers(kind: str, videos: Videos, balls: str, objects: str) -> tuple[str, ...]:
+    """Which data the paper's rows are of, where that is not known to be like the data of ours."""
+    if videos.options is not None:
+        return ()
+    clevrer = f", or, where the name says so, of CLEVRER with {objects}" if kind == "colour" else ""
+    return (f"The paper's numbers are of its own data, {kind} Bouncing Balls with {balls}{clevrer}.",)
+
+
+def _means(values: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """Means over the first frames of each length, (videos, lengths)."""
+    return np.stack([values[:, :length].mean(axis=1) for length in lengths], axis=1)
+
+
+def _with_truth(found: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Which videos have a true segmentation, as the baseline that needs no model tells; None if none has."""
+    if "one_cluster_ari" not in found:
+        return None
+    known: np.ndarray = np.all(np.isfinite(found["one_cluster_ari"]), axis=1)
+    return known
+
+
+def _segmented(found: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """A note where only some of the videos have a true segmentation."""
+    known = _with_truth(found)
+    if known is None or known.all():
+        return ()
+    return (f"ARI and F-ARI are means over the {known.sum()} of {len(known)} videos that hold a true segmentation.",)
+
+
+def _reconstruction(clips: Sequence[Clip], video: Tensor, made: segments.Rendered) -> segments.Scores:
     """Metrics of each frame, (videos, frames), with the baselines'."""
     assert made.segments is not None
-    true = np.stack([clip.truth["segmentation"] for clip in clips])
-    found = {
-        "": made.segments,
-        "one_cluster_": segmentation.one_cluster(true),
-        "threshold_": segmentation.threshold_components(np.stack([clip.frames for clip in clips])),
-    }
-    return _frames(true, found) | {"mse": frame_mse(made.video, video).double().cpu().numpy()}
+    scores = segments.recon_scores(clips, made.segments, segments.frame_scores) if segments.has_truth(clips) else {}
+    return scores | {"mse": frame_mse(made.video, video).double().cpu().numpy()}
 
 
 def _future(
     loaded: Loaded, clips: Sequence[Clip], video: Tensor, seen: Any
-) -> tuple[dict[str, np.ndarray], list[segmentation.VelocityCosine]]:
+) -> tuple[segments.Scores, list[segmentation.VelocityCosine]]:
     """Metrics of each predicted frame, (videos, frames), with the baselines'; and velocities where there is truth."""
     family, count = FAMILIES[loaded.family], AHEAD[-1]
     after, last = slice(SEEN, SEEN + count), slice(SEEN - 1, SEEN)
@@ -466,31 +518,18 @@ def _future(
     future = segments.render(loaded.model, loaded.model.rollout(seen, count), masks=True)
     assert context.segments is not None
     assert future.segments is not None
-    true = np.stack([clip.truth["segmentation"][after] for clip in clips])
-    components = segmentation.threshold_components(np.stack([clip.frames[last] for clip in clips]))
-    found = {
-        "": future.segments,
-        "copy_last_": np.repeat(context.segments[:, -1:], count, axis=1),
-        "one_cluster_": segmentation.one_cluster(true),
-        "threshold_": np.repeat(components, count, axis=1),
-    }
-    scores = _frames(true, found)
+    scores: segments.Scores = {}
+    if segments.has_truth(clips):
+        of_future = segments.predict_scores(
+            clips, future.segments, context.segments[:, -1:], context=SEEN, horizon=count
+        )
+        scores = {name.replace("predict_", ""): values for name, values in of_future.items()}
     for prefix, frames in (("", future.video), ("copy_last_", video[:, last].expand_as(future.video))):
         scores[f"{prefix}mse"] = frame_mse(frames, video[:, after]).double().cpu().numpy()
     if not (family.tracked and all("positions" in clip.truth for clip in clips)):
         return scores, []
     both = np.concatenate([context.segments, future.segments], axis=1)
     return scores, [_velocities(clips, both, future.components)]
-
-
-def _frames(true: np.ndarray, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """ARI and F-ARI per frame by prefix; of a model that gives no numbers they are not known."""
-    scores: dict[str, np.ndarray] = {}
-    for prefix, labels in found.items():
-        known = (labels != segments.UNKNOWN).all(axis=(1, 2, 3))
-        of_frames = segments.frame_scores(true, np.where(known[:, None, None, None], labels, 0))
-        scores |= {f"{prefix}{name}": np.where(known[:, None], v, np.nan) for name, v in of_frames.items()}
-    return scores
 
 
 def _velocities(clips: Sequence[Clip], found: np.ndarray, slots: int) -> segmentation.VelocityCosine:
@@ -509,13 +548,19 @@ def _paper(name: str, rows: Sequence[Sequence[float]]) -> Row:
 
 
 def _ours(name: str, found: Mapping[str, np.ndarray], lengths: Sequence[int], videos: Videos, prefix: str = "") -> Row:
-    """Means over videos at each length, with intervals, and reasons for what is missing."""
+    """Means over videos at each length, with intervals, and reasons for what is missing.
+
+    ARI and F-ARI are means over the videos that have a true segmentation.
+    """
+    with_truth = _with_truth(found)
     values: dict[str, list[float | None]] = {}
     intervals: dict[str, list[list[float] | None]] = {}
     reasons: dict[str, str] = {}
     for metric in METRICS:
         values[metric], intervals[metric] = [], []
         scores = found.get(f"{prefix}{metric}")
+        if scores is not None and with_truth is not None and metric != "mse":
+            scores = scores[with_truth]
         for column, length in enumerate(lengths):
             value = interval = None
             if length > videos.source.num_frames:
@@ -523,7 +568,7 @@ def _ours(name: str, found: Mapping[str, np.ndarray], lengths: Sequence[int], vi
                     f"the videos have {videos.source.num_frames} frames, fewer than {length}"
                 )
             elif scores is None:
-                reasons[f"{metric}/{length}"] = "it reconstructs nothing"
+                reasons[f"{metric}/{length}"] = "it reconstructs nothing" if metric == "mse" else NO_TRUTH
             elif not np.isfinite(scores[:, column]).all():
                 reasons[f"{metric}/{length}"] = "the model gives values that are not finite"
             else:
@@ -565,7 +610,7 @@ def _prediction(loaded: Loaded, found: Found, videos: Videos) -> Table:
         return Table(title, columns, (paper, Row(name, "ours", {}, {"*": reason})))
     at = [frame - 1 for frame in AHEAD]
     single = {key: values[:, at] for key, values in found.ahead.items()}
-    means = {key: np.stack([v[:, :n].mean(axis=1) for n in AHEAD], axis=1) for key, v in found.ahead.items()}
+    means = {key: _means(values, AHEAD) for key, values in found.ahead.items()}
     rows = [
         paper,
         _ours(f"{name}, at the frame", single, AHEAD, videos),
@@ -575,7 +620,7 @@ def _prediction(loaded: Loaded, found: Found, videos: Videos) -> Table:
         _ours("components of the last frame", single, AHEAD, videos, "threshold_"),
     ]
     note = "Baselines are at the frame; the copied masks are those of the model in the last frame that it saw."
-    return Table(title, columns, tuple(rows), (note,))
+    return Table(title, columns, tuple(rows), (note, *_segmented(found.ahead)))
 
 
 def _velocity(found: Found, loaded: Loaded, videos: Videos) -> dict[str, Any]:
@@ -610,7 +655,7 @@ def _velocity(found: Found, loaded: Loaded, videos: Videos) -> dict[str, Any]:
     }
 
 
-def _ablation(loaded: Loaded, trained: TrainRun, found: Found, lengths: Sequence[int], binary: bool) -> Table:
+def _ablation(loaded: Loaded, trained: TrainRun, found: Found, videos: Videos, binary: bool) -> Table:
     """Table 3: the paper's rows, and the checkpoint as one of them or beside them."""
     title = "Table 3. Ablation, binary"
     rows = [
@@ -620,7 +665,8 @@ def _ablation(loaded: Loaded, trained: TrainRun, found: Found, lengths: Sequence
     config = loaded.config
     if not hasattr(config, "grid"):
         reason = f"family {loaded.family} has no 2D-LSTM, so it is none of the ablations"
-        return Table(title, ("",), (*rows, Row(loaded.family.upper(), "ours", {}, {"*": reason})))
+        ours = Row(loaded.family.upper(), "ours", {}, {"*": reason})
+        return Table(title, ("",), (*rows, ours), (NO_FEATURES,))
     conditional = (config.conditional_prior, config.conditional_decoder != "none")
     parts = (config.grid == "triangular", all(conditional), config.entropy_weight > 0, trained.clip_frames)
     notes = [f"The checkpoint is measured at {ABLATION_LENGTH} frames, as the paper's last row; length is training's."]
@@ -630,14 +676,14 @@ def _ablation(loaded: Loaded, trained: TrainRun, found: Found, lengths: Sequence
         notes.append("The checkpoint is none of the paper's four.")
     if not binary:
         notes.append("The checkpoint was measured on colour videos; the paper's numbers are of binary ones.")
-    values: dict[str, list[float | None]] = {metric: [None] for metric in METRICS}
-    reasons = {"*": f"the videos are shorter than {ABLATION_LENGTH} frames"}
-    if ABLATION_LENGTH in lengths:
-        column, reasons = list(lengths).index(ABLATION_LENGTH), {"*": "the model gives values that are not finite"}
-        for metric in METRICS:
-            mean = float(found.lengths[metric][:, column].mean())
-            values[metric] = [mean if np.isfinite(mean) else None]
-    return Table(title, ("",), (*rows, Row(_ablation_name(*parts), "ours", values, reasons)), tuple(notes))
+    column = LENGTHS.index(ABLATION_LENGTH)
+    at = {name: values[:, column : column + 1] for name, values in found.lengths.items()}
+    measured = [_ours(_ablation_name(*parts), at, (ABLATION_LENGTH,), videos)]
+    measured += _baselines(at, (ABLATION_LENGTH,), videos)
+    for row in measured:  # the table's one column has no heading
+        without = {f"{name.partition('/')[0]}/": reason for name, reason in row.reasons.items()}
+        rows.append(row._replace(reasons=without))
+    return Table(title, ("",), tuple(rows), (*notes, *_segmented(found.lengths), NO_FEATURES))
 
 
 def _ablation_name(grid: bool, conditional: bool, entropy: bool, length: int) -> str:

@@ -4,7 +4,7 @@ Scores are kept per clip, (clips, frames) or (clips, 1), so that intervals over 
 live as long as their batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,8 +75,32 @@ def has_truth(clips: Sequence[Clip]) -> bool:
     return any("segmentation" in clip.truth for clip in clips)
 
 
-def recon_scores(clips: Sequence[Clip], segments: np.ndarray) -> Scores:
-    """``RECON`` of each clip, with the baselines; ``swap_rate`` comes as ``swaps`` and ``swap_pairs``."""
+def frame_scores(true: np.ndarray, predicted: np.ndarray) -> Scores:
+    """ARI and foreground ARI of each frame."""
+    return {
+        "ari": segmentation.frame_ari(true, predicted, foreground=False),
+        "fg_ari": segmentation.frame_ari(true, predicted, foreground=True),
+    }
+
+
+def all_scores(true: np.ndarray, predicted: np.ndarray) -> Scores:
+    """What ``RECON`` names; ``swap_rate`` comes as ``swaps`` and ``swap_pairs``."""
+    swapped = segmentation.swap_rate(true, predicted)
+    return {
+        **frame_scores(true, predicted),
+        "video_ari": segmentation.video_ari(true, predicted, foreground=False)[:, None],
+        "video_fg_ari": segmentation.video_ari(true, predicted, foreground=True)[:, None],
+        "matched_iou": segmentation.matched_iou(true, predicted, per="frame"),
+        "mean_iou": segmentation.mean_iou(true, predicted, per="frame"),
+        "swaps": swapped.swaps[:, None].astype(float),
+        "swap_pairs": swapped.pairs[:, None].astype(float),
+    }
+
+
+def recon_scores(
+    clips: Sequence[Clip], segments: np.ndarray, scores: Callable[[np.ndarray, np.ndarray], Scores] = all_scores
+) -> Scores:
+    """Scores of each clip, with the baselines: NaN for those without truth; at least one must have it."""
     true, which = _truth(clips, slice(None))
     frames = np.stack([clip.frames for clip, chosen in zip(clips, which, strict=True) if chosen])
     found = {
@@ -87,14 +111,14 @@ def recon_scores(clips: Sequence[Clip], segments: np.ndarray) -> Scores:
     return {
         f"{prefix}{name}": _spread(values, which)
         for prefix, predicted in found.items()
-        for name, values in _known(true, predicted, _all_scores).items()
+        for name, values in _known(true, predicted, scores).items()
     }
 
 
 def predict_scores(
     clips: Sequence[Clip], predicted: np.ndarray, last: np.ndarray, *, context: int, horizon: int
 ) -> Scores:
-    """``PREDICT`` of each clip, with the baselines.
+    """``PREDICT`` of each clip, with the baselines; as ``recon_scores``.
 
     Args:
         clips: which hold ``context + horizon`` frames or more.
@@ -118,14 +142,6 @@ def predict_scores(
     }
 
 
-def frame_scores(true: np.ndarray, predicted: np.ndarray) -> Scores:
-    """ARI and foreground ARI of each frame."""
-    return {
-        "ari": segmentation.frame_ari(true, predicted, foreground=False),
-        "fg_ari": segmentation.frame_ari(true, predicted, foreground=True),
-    }
-
-
 def join(parts: Sequence[tuple[int, Scores]]) -> Scores:
     """Scores of batches one below the other; a batch of so many clips without scores has rows of NaN."""
     columns = {name: values.shape[1] for _, scores in parts for name, values in scores.items()}
@@ -140,20 +156,7 @@ def rate(scores: Mapping[str, np.ndarray], prefix: str) -> np.ndarray:
     return np.concatenate([scores[f"{prefix}swaps"], scores[f"{prefix}swap_pairs"]], axis=1)
 
 
-def _all_scores(true: np.ndarray, predicted: np.ndarray) -> Scores:
-    swapped = segmentation.swap_rate(true, predicted)
-    return {
-        **frame_scores(true, predicted),
-        "video_ari": segmentation.video_ari(true, predicted, foreground=False)[:, None],
-        "video_fg_ari": segmentation.video_ari(true, predicted, foreground=True)[:, None],
-        "matched_iou": segmentation.matched_iou(true, predicted, per="frame"),
-        "mean_iou": segmentation.mean_iou(true, predicted, per="frame"),
-        "swaps": swapped.swaps[:, None].astype(float),
-        "swap_pairs": swapped.pairs[:, None].astype(float),
-    }
-
-
-def _known(true: np.ndarray, predicted: np.ndarray, scores: Any) -> Scores:
+def _known(true: np.ndarray, predicted: np.ndarray, scores: Callable[[np.ndarray, np.ndarray], Scores]) -> Scores:
     """Scores with NaN for clips without a known segmentation."""
     known = (predicted != UNKNOWN).all(axis=(1, 2, 3))
     found = scores(true, np.where(known[:, None, None, None], predicted, 0))
