@@ -347,6 +347,13 @@ class TrainRun:
                 )
 
 
+def _check_model_words(words: Sequence[str]) -> None:
+    """Refuse words that ``parse_model_settings`` cannot read, before the model is known."""
+    for word in words:
+        if not re.fullmatch(r"model\.\w+=.*", word):
+            raise ValueError(f"set changes settings of the model, written model.NAME=VALUE, got {word!r}")
+
+
 @dataclass(frozen=True)
 class ExtractRun:
     """One extraction: a checkpoint over a split into tables of latents."""
@@ -359,6 +366,8 @@ class ExtractRun:
     """Folder or s3:// URL of the tables; started again on the same folder it does only what is missing."""
     split: str = "test"
     """Split to read."""
+    set: tuple[str, ...] = ()
+    """Model settings to change, as ``model.num_slots=9 model.num_refinements=8``; the weights must fit."""
     context: int | None = None
     """Frames to see before predicting; goes with horizon."""
     horizon: int | None = None
@@ -394,6 +403,7 @@ class ExtractRun:
                 f"{given} was given without {missing}; give both to predict (see context frames, then predict horizon "
                 "frames), or neither to only encode"
             )
+        _check_model_words(self.set)
         for name in ("context", "horizon", "limit", "batch_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -418,7 +428,7 @@ class EvaluateRun:
     that the model was trained on, or on those of ``data``."""
     set: tuple[str, ...] = ()
     """Model settings to change at test time, as ``model.num_slots=9 model.num_refinements=8``; the weights must fit.
-    With a protocol, ``model.num_slots`` is that of the videos with more balls only."""
+    With a protocol, ``model.num_slots`` is for its table 2 only: videos with more balls, or those of ``data``."""
     context: int = 10
     """Frames of each clip that the model sees before it predicts."""
     horizon: int | None = None
@@ -442,9 +452,7 @@ class EvaluateRun:
             raise ValueError("out is missing; give a folder or s3:// URL for what is measured: --out DIR")
         if not (self.data or self.protocol):
             raise ValueError("data is missing; give a dataset folder, an s3:// URL or sim:NAME: --data DIR")
-        for word in self.set:
-            if not re.fullmatch(r"model\.\w+=.*", word):
-                raise ValueError(f"set changes settings of the model, written model.NAME=VALUE, got {word!r}")
+        _check_model_words(self.set)
         for name in ("context", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -793,6 +801,12 @@ def parse_model_settings(words: Sequence[str], config: Any) -> dict[str, Any]:
             raise ValueError(f"model.{name} is given twice")
         settings[name] = _parse_word(word, hints[name])
     return settings
+
+
+def recorded_model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Changed settings of a model as JSON holds them beside what was made with them: ``{"model.num_slots": 9}``."""
+    listed = {name: list(cast("tuple[Any, ...]", v)) if isinstance(v, tuple) else v for name, v in settings.items()}
+    return {f"model.{name}": value for name, value in listed.items()}
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

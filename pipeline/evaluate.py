@@ -26,7 +26,7 @@ from objdyn.metrics.image import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
 from pipeline import segments, store
 from pipeline.checkpoint import Loaded, code_revision, load_model, load_weights
 from pipeline.cli import command
-from pipeline.config import EvaluateRun, parse_model_settings, torch_device
+from pipeline.config import EvaluateRun, parse_model_settings, recorded_model_settings, torch_device
 from pipeline.facts import ClipFacts, stored_facts
 from pipeline.reader import Source, has_split, iter_clips, open_source
 from pipeline.report import (
@@ -196,7 +196,7 @@ def open_model(
     if run.set:
         changed = parse_model_settings(run.set, load_weights(checkpoint, which=run.which).config) | changed
     loaded = load_model(checkpoint, device=device, which=run.which, overrides=changed)
-    return loaded, {f"model.{name}": list(v) if isinstance(v, tuple) else v for name, v in changed.items()}
+    return loaded, recorded_model_settings(changed)
 
 
 def summarise_frames(metrics: dict[str, Any], scores: Mapping[str, np.ndarray], reasons: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Checkpoint and shards in, tables of latents out: Ray Data schedules, one model per worker, one part per shard.
 
-    OUT/settings.json            model, dataset, split, context, horizon, extras: created first, never changed
+    OUT/settings.json            model and its changed settings, dataset, split, context, horizon, extras: created
+                                 first, never changed
     OUT/objects/<shard>.parquet  OUT/frames/<shard>.parquet
     OUT/parts/<shard>.json       rows and SHA-256 of both; written after them, and with it the part is done
     OUT/manifest.json            settings and all parts; written when the set is complete
@@ -26,8 +27,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,15 +39,15 @@ from objdyn.families import FAMILIES, Family
 from objdyn.interface import Scene, VideoModel
 from objdyn.metrics.image import frame_mse
 from objdyn.metrics.segmentation import match_tracks, segment
-from pipeline import cluster, store, tables
-from pipeline.checkpoint import load_model
-from pipeline.config import ExtractRun
+from pipeline import cluster, segments, store, tables
+from pipeline.checkpoint import load_model, load_weights
+from pipeline.config import ExtractRun, parse_model_settings, recorded_model_settings
 from pipeline.reader import Source, open_source
 from pipeline.tables import Block, Provenance
 
 DEATHS_PER_PART = 2
 PROGRESS_SECONDS = 10.0
-LATER_SETTINGS: dict[str, Any] = {"extras": []}
+LATER_SETTINGS: dict[str, Any] = {"extras": [], "model_settings_changed": {}}
 """Settings that folders of earlier versions do not have, with what they are there."""
 
 
@@ -63,6 +64,8 @@ class Job:
     provenance: Provenance
     extras: tuple[str, ...] = ()
     """Names of optional columns, see above."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the model that are not those of its training."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -79,6 +82,7 @@ class Job:
             "horizon": self.provenance.horizon,
             "limit": self.limit,
             "extras": list(self.extras),
+            "model_settings_changed": recorded_model_settings(self.overrides),
         }
 
 
@@ -141,7 +145,7 @@ def clip_blocks(
         if context is None or horizon is None:
             return blocks
         # Only a causal family's latents of the first frames are free of what comes later.
-        seen = _frames(latents, 0, context) if family.causal else model.encode(video[:, :context], **inputs)
+        seen = segments.cut(latents, 0, context) if family.causal else model.encode(video[:, :context], **inputs)
         future = model.rollout(seen, horizon)
         truth = video[:, context : context + horizon]
         known, scene, before = truth.shape[1], None, None
@@ -149,7 +153,7 @@ def clip_blocks(
             scene = model.decode(future, components=True)
             before = None if family.tracked else model.decode(seen, components=True)
         elif known:
-            scene = model.decode(_frames(future, 0, known))
+            scene = model.decode(segments.cut(future, 0, known))
         errors = {"predict_mse": frame_mse(scene.video[:, :known], truth).cpu().numpy()} if scene and known else {}
         dense = _dense(family, future, scene, extras, before)
         return blocks + _to_blocks(clips, dense, "predicted", context, errors)
@@ -210,7 +214,7 @@ class Extractor:
     def _load(self) -> tuple[VideoModel[Any], Family, Source]:
         if self.job.device == "cpu":
             torch.set_num_threads(1)
-        loaded = load_model(self.job.checkpoint, device=self.job.device)
+        loaded = load_model(self.job.checkpoint, device=self.job.device, overrides=self.job.overrides)
         source = open_source(self.job.data, self.job.provenance.split)
         for what, planned, found in (
             ("model", self.job.provenance.model_id, loaded.model_id),
@@ -226,10 +230,10 @@ class Extractor:
 def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
     checkpoint = store.resolve(run.checkpoint, "--checkpoint")
     data = store.resolve(run.data, "--data")
-    loaded = load_model(checkpoint, which=run.which)
-    if not store.exists(store.join(checkpoint, "COMPLETE")):
-        # A run folder: it may be training on, so name the checkpoint that all workers are to load.
-        checkpoint = store.join(checkpoint, "checkpoints", f"step-{loaded.step:08d}")
+    # A run folder may be training on, so name the checkpoint that all workers are to load.
+    weights = load_weights(checkpoint, which=run.which)
+    overrides = parse_model_settings(run.set, weights.config)
+    loaded = load_model(weights.path, overrides=overrides)
     source = open_source(data, run.split)
     family = FAMILIES[loaded.family]
     if run.context is not None and "rollout" not in family.verbs:
@@ -256,7 +260,8 @@ def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
         context=run.context,
         horizon=run.horizon,
     )
-    return Job(checkpoint, data, out, run.limit, run.batch_size, run.device, provenance, run.extras), parts
+    job = Job(weights.path, data, out, run.limit, run.batch_size, run.device, provenance, run.extras, overrides)
+    return job, parts
 
 
 def _claim(job: Job) -> None:
@@ -374,10 +379,6 @@ def _finish(job: Job, parts: list[Part]) -> str:
     return line
 
 
-def _frames(latents: Any, start: int, stop: int) -> Any:
-    return type(latents)(*(field[:, start:stop] for field in latents))
-
-
 def _needs_masks(family: Family, extras: Sequence[str]) -> bool:
     return not family.tracked or bool({"mask_summary", "masks", "components"} & set(extras))
 
@@ -399,7 +400,7 @@ def _dense(
     if not family.tracked:
         earlier = _masks(before, objects)[1] if before else winners[:, :0]
         video = np.concatenate([earlier, winners], axis=1)
-        tracks = np.stack([match_tracks(segments, objects) for segments in video])
+        tracks = np.stack([match_tracks(each, objects) for each in video])
         dense["track"] = tracks[:, earlier.shape[1] :].astype(np.int32)
     if "mask_summary" in extras:
         dense |= _mask_summary(masks, winners)

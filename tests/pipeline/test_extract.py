@@ -516,11 +516,57 @@ def test_a_folder_from_before_there_were_extras_goes_on(make_run: Callable[..., 
     run = make_run(limit=1, context=None, horizon=None)
     extract(run)
     path = Path(run.out, "settings.json")
-    settings = {name: value for name, value in module._plan(run, run.out)[0].settings.items() if name != "extras"}
+    later = module.LATER_SETTINGS
+    settings = {name: value for name, value in module._plan(run, run.out)[0].settings.items() if name not in later}
     path.write_bytes(store.sealed_json(settings))
     extract(run)
     with pytest.raises(ValueError, match=r"with extras \[\], but this run has extras \['masks'\]; choose"):
         extract(dataclasses.replace(run, masks=True))
+    with pytest.raises(
+        ValueError, match=r"with model_settings_changed \{\}, but this run has .*'model.kl_weight': 2.0"
+    ):
+        extract(dataclasses.replace(run, set=("model.kl_weight=2",)))
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_other_model_settings_make_other_tables_and_are_recorded(make_run: Callable[..., ExtractRun], tmp_path: Path):
+    checkpoint = write_checkpoint(tmp_path / "run", seed=0, family="iodine")
+    settings: dict[str, Any] = {"checkpoint": checkpoint, "data": BALLS, "limit": 1, "context": None, "horizon": None}
+    run = make_run(set=("model.num_slots=9", "model.num_refinements=2"), **settings)
+    extract(run)
+    changed = {"num_slots": 9, "num_refinements": 2}
+    assert tables.read_manifest(run.out)["model_settings_changed"] == {f"model.{n}": v for n, v in changed.items()}
+    assert verify.verify(VerifyRun(run.out)).startswith("ok: tables")
+    clip = first_ball_clip()
+    with torch.no_grad():
+        latents = load_model(checkpoint, overrides=changed).model.encode(to_model_input(collate([clip])))
+    found = tables.load_clip(run.out, clip.key).objects["mean"]
+    assert found.shape == (12, 9, 8)
+    np.testing.assert_allclose(found, latents.mean[0], rtol=1e-5, atol=1e-6)
+    extract(run)  # the same again
+    before = files(run.out)
+    for other in ((), ("model.num_slots=9",), ("model.num_slots=8", "model.num_refinements=2")):
+        with pytest.raises(ValueError, match=r"holds tables with model_settings_changed \{.*'model.num_slots': 9"):
+            extract(dataclasses.replace(run, set=other))
+    assert files(run.out) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("num_slots=9",), "set changes settings of the model, written model.NAME=VALUE, got 'num_slots=9'"),
+        (("model.num_slots=x",), "model.num_slots=x: 'x' is not of type int"),
+        (("model.slots=9",), "IODINEConfig has no field 'slots'"),
+        (("model.slot_dim=9",), "model.slot_dim=9 makes refiner.initial_mean"),
+    ],
+)
+def test_wrong_model_settings_leave_no_folder(
+    make_run: Callable[..., ExtractRun], tmp_path: Path, words: tuple[str, ...], message: str
+):
+    checkpoint = write_checkpoint(tmp_path / "run", seed=0, family="iodine")
+    with pytest.raises(ValueError, match=message):
+        extract(make_run(checkpoint=checkpoint, data=BALLS, context=None, horizon=None, set=words))
+    assert not (tmp_path / "tables").exists()
 
 
 def test_a_background_is_no_object_and_its_pixels_are_nobodys(checkpoint: str):
