@@ -52,8 +52,6 @@ from objdyn.models.iodine import (
     train_draw,
 )
 
-WARM_STD = 0.02
-"""Of the weights that look at the temporal state, in a model that starts from an IODINE."""
 WARM_MIX_BIAS = -1.0
 """Of its gate that mixes temporal and refinement cell: mostly the refinement's, as in IODINE."""
 
@@ -76,7 +74,7 @@ class PROVIDEConfig(IODINEConfig):
     """The prior network's second output: log sigma (paper), or a softplus taken as log sigma^2, so that the standard
     deviation is at least 1 (released code)."""
     conditional_decoder: Literal["mlp", "residual", "none"] = "mlp"
-    """The decoder sees MLP(z, h) (paper), z + MLP(z, h) with the MLP's last layer at zero, or z alone (ablation)."""
+    """The decoder sees MLP(z, h) (paper), z + MLP(z, h) that begins as z (``DecoderInput``), or z alone (ablation)."""
     share_first_draw: bool = True
     """One random draw per clip starts every frame (released code); otherwise each frame draws its own, as the paper
     writes it, and nothing keeps slots in order but the temporal state."""
@@ -309,20 +307,26 @@ class Prior(nn.Module):
 
 
 class DecoderInput(nn.Module):
-    """What the decoder takes of a slot and the temporal state: an MLP with two ELU layers of the slot's size."""
+    """What the decoder takes of a slot and the temporal state.
+
+    The paper's MLP has two ELU layers of the slot's size. The residual one, which is ours, adds to the slot what a
+    hidden layer of the state's size says: slots of eight numbers would otherwise see the state through eight units.
+    It adds nothing before training.
+    """
 
     def __init__(self, slot_dim: int, state_dim: int, residual: bool) -> None:
         super().__init__()
         self.residual = residual
-        self.first = nn.Linear(slot_dim + state_dim, slot_dim)
-        self.second = nn.Linear(slot_dim, slot_dim)
+        hidden = state_dim if residual else slot_dim
+        self.first = nn.Linear(slot_dim + state_dim, hidden)
+        self.second = nn.Linear(hidden, slot_dim)
         if residual:
             nn.init.zeros_(self.second.weight)
             nn.init.zeros_(self.second.bias)
 
     def forward(self, slots: Float[Tensor, "n k d"], state: Float[Tensor, "n k h"]) -> Float[Tensor, "n k d"]:
-        found = F.elu(self.second(F.elu(self.first(torch.cat([slots, state], dim=-1)))))
-        return slots + found if self.residual else found
+        found = self.second(F.elu(self.first(torch.cat([slots, state], dim=-1))))
+        return slots + found if self.residual else F.elu(found)
 
 
 def light_cells(config: PROVIDEConfig, t: int) -> int:
@@ -333,8 +337,9 @@ def light_cells(config: PROVIDEConfig, t: int) -> int:
 def start_from_iodine(model: PROVIDE, config: IODINEConfig, weights: Mapping[str, Tensor]) -> None:
     """Give a fresh PROVIDE the weights of a trained IODINE, so that at first it infers a frame nearly as IODINE does.
 
-    The LSTM's gates go to the 2D cell, whose view of the past starts small and whose mixing gate prefers the
-    refinement's cell; the prior starts at N(0, I). Needs ``conditional_decoder`` "residual" or "none".
+    The LSTM's gates go to the 2D cell, which reads the frame before as IODINE reads the refinement before, and whose
+    mixing gate prefers the refinement's cell; the prior starts at N(0, I). Needs ``conditional_decoder`` "residual" or
+    "none".
 
     Raises:
         ValueError: the models' parts differ in size, or the decoder cannot begin as IODINE's.
@@ -369,7 +374,7 @@ def start_from_iodine(model: PROVIDE, config: IODINEConfig, weights: Mapping[str
             i, f, g, o = weights[f"lstm.bias_{kind}"].chunk(4)
             target.bias.copy_(torch.cat([i, f, o, torch.zeros_like(o), g]))
         model.lstm.from_input.bias[3 * dim : 4 * dim] = WARM_MIX_BIAS
-        nn.init.normal_(model.lstm.from_past.weight, 0.0, WARM_STD)
+        model.lstm.from_past.weight.copy_(model.lstm.from_state.weight)
         nn.init.zeros_(model.lstm.from_past.bias)
         if model.prior is not None:
             for head in (model.prior.mean, model.prior.spread):
