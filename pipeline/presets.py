@@ -268,7 +268,8 @@ _IODINE_SMALL = TrainRun(
     eval_clips=64,
     checkpoint_every=500,
 )
-# Starts from an iodine/small (--init RUN), whose slots it learns to keep over time.
+# Starts from an iodine/small (--init RUN), whose slots it learns to keep over time. With one refinement per frame the
+# temporal state holds what the frame before was found to be, so the decoder learns to look at it: the first stage.
 _PROVIDE_SMALL = replace(
     _IODINE_SMALL,
     model=PROVIDEConfig(
@@ -278,14 +279,14 @@ _PROVIDE_SMALL = replace(
             "conditional_decoder": "residual",
         }
     ),
-    steps=5_000,
+    steps=5_500,
     stages=(
-        "steps=1200 model.num_refinements=3",
-        "steps=1300 clip_frames=6 optim.batch_size=6",
+        "steps=1500 model.num_refinements=2",
+        "steps=1200 clip_frames=6 optim.batch_size=6",
         "clip_frames=10 optim.batch_size=4",
     ),
-    clip_frames=3,
-    optim=replace(_IODINE_SMALL.optim, lr=1.5e-3, anneal_steps=3_000, batch_size=12),
+    clip_frames=4,
+    optim=replace(_IODINE_SMALL.optim, lr=1.5e-3, anneal_steps=2_500, batch_size=12),
     eval_clips=32,
 )
 _PROVIDE_DEBUG = replace(
