@@ -10,13 +10,14 @@ How a datum walks:
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
 import math
 import re
+import sys
 import tokenize
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
@@ -27,6 +28,8 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+SINGLE_CHANNEL = "frames of a single channel are repeated to three, red, green and blue alike"
+"""What is said where that happens."""
 CODECS = ("zstd", "npy", "webp-strip")
 MAX_BYTES = 1 << 30
 """Largest array that a sample may hold, in bytes; a sample that claims more is refused before memory is taken."""
@@ -228,7 +231,7 @@ def to_model_input(
 ) -> Float[Tensor, "b t c h w"]:
     """Turn stored pixels into a model's ``video``: float32 in [0, 1], on ``device``.
 
-    Frames of a single channel are repeated to three, with a warning that Python shows once.
+    Frames of a single channel are repeated to three, which a process says once on stderr.
 
     Raises:
         ValueError: the frames are not uint8 of rank 5.
@@ -236,9 +239,15 @@ def to_model_input(
     if frames.dtype != torch.uint8 or frames.ndim != 5:
         raise ValueError(f"model input is made from uint8 (b, t, c, h, w), got {frames.dtype} {tuple(frames.shape)}")
     if frames.shape[2] == 1:
-        warnings.warn("frames of a single channel are repeated to three, red, green and blue alike", stacklevel=1)
+        _say_once(f"note: {SINGLE_CHANNEL}")
         frames = frames.expand(-1, -1, 3, -1, -1)
     return frames.to(device=device, non_blocking=True).to(torch.float32) / 255
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Print a line once in a process. A Python warning would come again whenever anything changes the filters."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def to_frames(video: Float[Tensor, "*batch t c h w"]) -> np.ndarray:
@@ -581,7 +590,9 @@ def _check_truth(key: str, name: str, array: np.ndarray, shape: tuple[int, ...])
     if array.ndim and array.shape[0] != shape[0]:
         raise ValueError(f"truth {name} of clip {key} must start with {shape[0]} frames, got {array.shape}")
     if name == "segmentation" and array.shape != shape:
-        raise ValueError(f"segmentation of clip {key} must be {shape}, got {array.shape}")
+        raise ValueError(
+            f"segmentation of clip {key} must be {shape}, got {array.shape}; resize masks with nearest neighbour"
+        )
 
 
 def _meta(key: str, data: bytes | memoryview) -> tuple[tuple[int, ...], dict[str, Any]]:

@@ -692,7 +692,7 @@ def _drawn(model: Any, clip: Clip, made: Made, i: int, context: int, family: Fam
     return ReportClip(
         key=clip.key,
         source=f"{clip.source}, frames {clip.start_frame} to {last}",
-        frames=clip.frames,
+        frames=np.broadcast_to(clip.frames, (*clip.frames.shape[:3], 3)),  # as the model sees a single channel
         reconstruction=_pixels(made.recon[i]),
         fps=clip.fps / clip.stride,
         context=context if made.scene is not None else 0,

@@ -118,6 +118,8 @@ class Built:
     sha256: str
     rows: list[dict[str, Any]]
     """Rows of the index."""
+    channels: int = 0
+    """Of every clip; 0 where there is none."""
     quarantined: list[Quarantined] = field(default_factory=list)
 
 
@@ -293,6 +295,7 @@ def build_shard(run: ShardRun, root: str, folder: str, item: str) -> str:
     plan = Plan(shard, tuple(Planned(_video(v), tuple(Cut(*cut) for cut in cuts)) for v, cuts in parts))
     rows: list[dict[str, Any]] = []
     quarantined: list[Quarantined] = []
+    channels: set[int] = set()
     guilty = None
     if "guilty" in request:
         guilty = {source: Fault(source, *reason) for source, reason in request["guilty"].items()}
@@ -308,9 +311,10 @@ def build_shard(run: ShardRun, root: str, folder: str, item: str) -> str:
                     members.append({"name": name, "offset": offset + 512, "size": len(sample[name])})
                     offset += 512 + -(-len(sample[name]) // 512) * 512
                 rows.append(_index_row(plan.name, clip, members))
+                channels.add(clip.frames.shape[-1])
 
     published = store.publish_file(store.join(folder, plan.name), _unchanged(write, request["sha256"], plan.name))
-    return json.dumps(dataclasses.asdict(Built(plan.name, *published, rows, quarantined)))
+    return json.dumps(dataclasses.asdict(Built(plan.name, *published, rows, _one_number(channels), quarantined)))
 
 
 def describe(balance: Mapping[str, int]) -> str:
@@ -736,6 +740,20 @@ def _video(fields: dict[str, Any]) -> Video:
     return Video(**{**fields, "files": tuple(fields["files"]), "part": (part[0], part[1]), "keyframes": keyframes})
 
 
+def _one_number(channels: set[int]) -> int:
+    """The number of channels that all clips have; 0 where there is no clip.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if len(channels) > 1:
+        raise ValueError(
+            f"clips of one dataset must have one number of channels, these have {sorted(channels)}; make a dataset of "
+            "each"
+        )
+    return next(iter(channels), 0)
+
+
 def _index_row(shard: str, clip: Clip, members: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "shard": shard,
@@ -853,9 +871,10 @@ def _intact(folder: str, previous: Mapping[str, Any], plans: Sequence[Plan]) -> 
             )
         path, entry = store.join(folder, plan.name), entries.get(plan.name)
         if entry is None:
-            intact[plan.shard] = Built(plan.name, 0, "", [], here)  # all its clips were lost
+            intact[plan.shard] = Built(plan.name, 0, "", [], 0, here)  # all its clips were lost
         elif store.exists(path) and store.sha256_file(path) == entry["sha256"]:
-            intact[plan.shard] = Built(plan.name, entry["bytes"], entry["sha256"], there, here)
+            channels = previous["channels"]
+            intact[plan.shard] = Built(plan.name, entry["bytes"], entry["sha256"], there, channels, here)
     return intact
 
 
@@ -900,7 +919,14 @@ def _summary(quarantined: Sequence[Quarantined]) -> str:
 
 
 def _notes(survey: Survey, quarantined: Sequence[Quarantined]) -> Iterator[str]:
-    noted = [f"note: {video.source}: {video.note}" for video in survey.videos if video.note]
+    notes: dict[str, list[str]] = {}
+    for video in survey.videos:
+        notes.setdefault(video.note, []).append(video.source)
+    noted = [
+        f"note: {sources[0]}{f' and {len(sources) - 1} more' if len(sources) > 1 else ''}: {note}"
+        for note, sources in notes.items()
+        if note
+    ]
     noted += [f"warning: quarantined {row.source} ({row.stage}, {row.code}): {row.message}" for row in quarantined]
     yield from noted[:20]
     if len(noted) > 20:
@@ -974,7 +1000,7 @@ def _publish(
         "frames": settings["preprocessing"]["frames"],
         "height": size,
         "width": size,
-        "channels": 3,
+        "channels": _one_number({shard.channels for shard in shards}),
         "clips": balance["clips"],
         "balance": dict(balance),
         "index": _entry(index),

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from objdyn import clips
 from pipeline import cluster, loop, store
 from pipeline import extract as extraction
 from pipeline import shard as sharding
-from pipeline.config import ExtractRun, ShardRun, with_overrides
+from pipeline.config import EvaluateRun, ExtractRun, ShardRun, with_overrides
+from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.presets import PRESETS
 from pipeline.quickstart import write_mp4
@@ -174,6 +176,23 @@ FAILURES = {
         "train_ddlp.py debug --data {data} --out {run} --resume --seed 3",
         ["run.seed was 0 and is 3", "another --out"],
     ),
+    # train_iodine.py, train_provide.py
+    "a stage with windows longer than the clips": (
+        "train_iodine.py debug --out {out} --stages steps=2 clip_frames=13",
+        ["stage 2 ('clip_frames=13')", "clip_frames=13", "hold 12 frames", "lower clip_frames"],
+    ),
+    "training with what is for test only": (
+        "train_iodine.py debug --out {out} --model.inference sequential",
+        ["sequential", "per_frame"],
+    ),
+    "weights to start from are missing": (
+        "train_provide.py debug --out {out} --init {tmp}/none",
+        ["{tmp}/none", "give the --out"],
+    ),
+    "weights to start from of a family without slots": (
+        "train_provide.py debug --out {out} --init {run}",
+        ["{run}", "of family ddlp", "provide or iodine"],
+    ),
     "unknown simulator": ("train_ddlp.py debug --data sim:moons --out {out}", ["'moons'", "sim:balls-interaction"]),
     # extract.py
     "checkpoint is missing": (
@@ -269,6 +288,10 @@ def test_a_job_names_the_thing_and_the_remedy_in_one_line(
         ("verify.py", "required"),
         ("make_shards.py --source a --out b --size 1", "size must be at least 2"),
         ("evaluate.py --checkpoint a --data b --out c --limit 0", "limit must be at least 1"),
+        ("extract.py --checkpoint a --data b --out c --set num_slots=9", "written model.NAME=VALUE"),
+        ("train_iodine.py debug --model.num-slots 1", "num_slots must be at least 2 (one object and the background)"),
+        ("train_provide.py debug --model.num-refinements 0", "num_refinements must be at least 1, got 0"),
+        ("train_provide.py debug --stages steps=2 model.num_slots=1", "stage 2 ('model.num_slots=1'): num_slots must"),
     ],
 )
 def test_a_wrong_command_line_ends_with_status_2_and_a_hint(
@@ -277,3 +300,27 @@ def test_a_wrong_command_line_ends_with_status_2_and_a_hint(
     job, *words = shlex.split(command)
     assert end(monkeypatch, repository, job, words) == 2
     assert phrase in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_frames_of_a_single_channel_are_repeated_to_three_and_it_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def first_channel(*words: Any) -> Iterator[Any]:
+        for clip in original(*words):
+            yield dataclasses.replace(clip, frames=clip.frames[..., :1])
+
+    preset = PRESETS["iodine"]["debug"]
+    data, original = str(tmp_path / "data"), sharding._clips
+    monkeypatch.setattr(sharding, "_clips", first_channel)
+    for split in ("train", "val"):
+        shard(ShardRun(source=preset.data, out=data, split=split, frames=12, size=32, limit=2))
+    clips._say_once.cache_clear()
+    capsys.readouterr()
+    changes = {"data": data, "out": str(tmp_path / "run"), "steps": 2, "eval_every": 1, "optim.batch_size": 2}
+    loop.train(loop.open_run(with_overrides(preset, {**changes, "threads": 1, "device": "cpu"})))
+    settings: dict[str, Any] = {"split": "val", "context": 2, "limit": 1, "report_clips": 1, "device": "cpu"}
+    metrics = evaluate(EvaluateRun(str(tmp_path / "run"), data, str(tmp_path / "out"), **settings))
+    assert metrics["data"]["channels"] == 1
+    assert [line for line in capsys.readouterr().err.splitlines() if "channel" in line] == [
+        "note: frames of a single channel are repeated to three, red, green and blue alike"
+    ]

@@ -1,8 +1,9 @@
 """Bouncing Balls as R-NEM's authors store it: one HDF5 file with the groups training, validation and test.
 
-Each group holds ``features`` (t, n, h, w, c) with values in [0, 1], time first, c = 1 or 3, and may hold ``groups``
-(t, n, h, w, 1), 0 for the background and k for ball k, and ``collisions`` (t, n, h, w, 1), the pixels of balls that
-collide. One video is one index of the second axis and is read by itself: the original file has 13 GB.
+Each group holds ``features`` (t, n, h, w, c) with values in [0, 1], time first, c = 1 (which is repeated to three) or
+3, and may hold ``groups`` (t, n, h, w, 1), 0 for the background and k for ball k, and ``collisions`` (t, n, h, w, 1),
+the pixels of balls that collide. One video is one index of the second axis and is read by itself: the original file has
+13 GB.
 
 Source: the data loader of R-NEM (van Steenkiste et al., ICLR 2018). Differs: a file need not have all three groups.
 """
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from objdyn.clips import MAX_BYTES, NO_LIMITS, Clip, Limits, VideoError
+from objdyn.clips import MAX_BYTES, NO_LIMITS, SINGLE_CHANNEL, Clip, Limits, VideoError
 from objdyn.datasets.gswm_hdf5 import EXTENSIONS, check_stored
 from objdyn.datasets.preprocessing import Preprocessing
 from objdyn.datasets.sources import Cut, Fault, Found, Open, Video, cut_clips, is_hidden, natural_order
@@ -31,6 +32,8 @@ class _Arrays(NamedTuple):
 
     frames: np.ndarray
     """uint8 (t, h, w, 3)."""
+    channels: int
+    """In the file."""
     segmentation: np.ndarray | None
     """uint8 (t, h, w)."""
     collisions: np.ndarray | None
@@ -64,14 +67,15 @@ def scan(container: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Found
 
 
 def probe(video: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Video:
-    """Read a video once, so that damage in it is found.
+    """Read a video once, so that damage in it is found; a single channel is noted.
 
     Raises:
         VideoError: it cannot be read.
     """
-    frames = _read(video, open_file).frames
+    frames, channels, *_ = _read(video, open_file)
     limits.on_frame()
-    return dataclasses.replace(video, frames=len(frames), height=frames.shape[1], width=frames.shape[2])
+    note = SINGLE_CHANNEL if channels == 1 else ""
+    return dataclasses.replace(video, frames=len(frames), height=frames.shape[1], width=frames.shape[2], note=note)
 
 
 def read(
@@ -188,6 +192,7 @@ def _read(video: Video, open_file: Open) -> _Arrays:
     groups, collisions = arrays.get("groups"), arrays.get("collisions")
     return _Arrays(
         frames,
+        features.shape[-1],
         None if groups is None else np.rint(groups[..., 0]).astype(np.uint8),
         None if collisions is None else collisions[..., 0] > 0.5,
     )

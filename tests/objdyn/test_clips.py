@@ -5,6 +5,7 @@ import io
 import json
 import re
 import struct
+import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,9 +19,11 @@ import zstandard
 from objdyn.clips import (
     CODECS,
     NO_LIMITS,
+    SINGLE_CHANNEL,
     Clip,
     Limits,
     VideoError,
+    _say_once,
     collate,
     from_sample,
     probe_video,
@@ -119,7 +122,7 @@ def test_unsuited_codecs_are_refused() -> None:
         ({"stride": 0}, "stride >= 1"),
         ({"truth": {"positions": np.zeros((2, 1, 2))}}, "float32"),
         ({"truth": {"positions": np.zeros((3, 1, 2), np.float32)}}, "start with 2 frames"),
-        ({"truth": {"segmentation": np.zeros((2, 4, 5), np.uint8)}}, "segmentation"),
+        ({"truth": {"segmentation": np.zeros((2, 4, 5), np.uint8)}}, r"must be \(2, 4, 4\).*nearest neighbour"),
         ({"truth": {"frames": np.zeros(2)}}, "cannot name truth"),
         ({"truth": {"../x": np.zeros(2)}}, "cannot name truth"),
     ],
@@ -211,10 +214,14 @@ def test_pixels_survive_model_input_and_back() -> None:
     assert to_frames(torch.tensor([-1.0, 0.4999, 2.0]).reshape(1, 3, 1, 1)).ravel().tolist() == [0, 127, 255]
 
 
-def test_single_channel_frames_are_repeated_to_three_and_it_is_said() -> None:
+def test_single_channel_frames_are_repeated_to_three_and_it_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     grey = torch.randint(0, 256, (2, 3, 1, 4, 4), dtype=torch.uint8)
-    with pytest.warns(UserWarning, match="a single channel are repeated to three"):
+    _say_once.cache_clear()
+    to_model_input(grey)
+    with warnings.catch_warnings():  # after which Python shows a warning again
+        warnings.simplefilter("always")
         video = to_model_input(grey)
+    assert capsys.readouterr().err == f"note: {SINGLE_CHANNEL}\n"
     torch.testing.assert_close(video, (grey.float() / 255).expand(-1, -1, 3, -1, -1))
 
 

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from objdyn.clips import Clip
+from objdyn.clips import SINGLE_CHANNEL, Clip
 from objdyn.datasets import LAYOUTS, Cut, Limits, Preprocessing, Video, VideoError, rnem_hdf5
 from objdyn.simulators import simulator
 
@@ -86,6 +86,13 @@ def test_zero_and_one_are_black_and_white_in_any_type(tmp_path: Path, dtype: typ
     arrays = write(tmp_path / "a.h5", features=np.eye(16, dtype=dtype)[None, None, :, :, None].repeat(5, 0))
     write(tmp_path / "a.h5", features=arrays["features"], leave_out=("groups", "collisions"))
     assert np.array_equal(read(tmp_path).frames[4, :, :, 1], np.eye(16) * 255)
+
+
+def test_a_single_channel_is_noted(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5")
+    assert rnem_hdf5.probe(video(), opener(tmp_path)).note == SINGLE_CHANNEL
+    write(tmp_path / "a.h5", features=np.zeros((5, 3, 16, 16, 3)))
+    assert rnem_hdf5.probe(video(), opener(tmp_path)).note == ""
 
 
 def test_without_groups_or_collisions_there_is_no_such_truth(tmp_path: Path) -> None:
