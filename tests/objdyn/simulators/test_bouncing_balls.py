@@ -235,6 +235,29 @@ def test_sizes_and_speeds_are_those_of_the_original_frames(shared: Path, name: s
     assert np.sqrt(np.mean(our_steps**2)) == pytest.approx(np.sqrt(np.mean(steps**2)), rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("name", "small", "large"),
+    [
+        ("balls4mass_rnem1", 3, 1),
+        ("balls4mass_rnem2", 0, 4),
+        ("balls678mass_rnem1", 4, 2),
+        ("balls678mass_rnem2", 7, 1),
+    ],
+)
+def test_the_same_balls_cover_the_same_share_as_in_the_original(
+    shared: Path, name: str, small: int, large: int
+) -> None:
+    with Image.open(shared / f"data/rnem_balls/{name}.gif") as image:
+        real = np.mean([_frame(image, i) for i in range(0, 500, 5)])
+    options = Options((small + large, small + large))
+    radii = bouncing_balls.draw(options, "train", 0, 100).radii
+    alike = int(np.argmax((radii == KINDS[1][0]).sum(axis=1) == large))
+    assert (radii[alike] == KINDS[0][0]).sum() == small
+    clip = bouncing_balls.episodes(options, "train", alike, 1)[0].clip()
+    assert np.mean(clip.frames > 0) == pytest.approx(real, abs=5e-4)
+    assert real == pytest.approx((np.square([0.8, 1.0]) @ [small, large]) * np.pi / 100, abs=5e-4)
+
+
 def _frame(image: Image.Image, number: int) -> np.ndarray:
     image.seek(number)
     return np.asarray(image.convert("L"))[:64] > 127
