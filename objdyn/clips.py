@@ -37,6 +37,8 @@ _TRUTH_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TRUTH = {
     "segmentation": ("uint8", 3),
     "positions": ("float32", 3),
+    "rendered_positions": ("float32", 3),
+    "velocities": ("float32", 3),
     "present": ("bool", 2),
     "num_objects": ("int64", 0),
 }
@@ -53,7 +55,9 @@ class Clip:
 
     ``truth`` may hold ``segmentation`` uint8 (t, h, w) with 0 for the background, ``positions`` float32 (t, n, 2) as
     (y, x) in [-1, 1] with ``align_corners=True`` (y down), ``present`` bool (t, n), ``num_objects`` int64 (), and other
-    arrays. An array of rank 1 or more has time as its first axis; an array of rank 0 describes the whole clip.
+    arrays. Where objects are drawn with noise, ``positions`` are those without it and ``rendered_positions`` float32
+    (t, n, 2) those drawn; ``velocities`` float32 (t, n, 2) are the change of ``positions`` per frame, (y, x). An array
+    of rank 1 or more has time as its first axis; an array of rank 0 describes the whole clip.
 
     Raises:
         ValueError: a shape, a dtype or the key breaks these rules.
