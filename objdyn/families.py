@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from objdyn.interface import Scene, VideoModel
-from objdyn.models import ddlp, iodine, provide
+from objdyn.models import ddlp, ed_lstm, iodine, provide, ssm
 
 
 class Family(NamedTuple):
@@ -74,6 +74,27 @@ FAMILIES: dict[str, Family] = {
         frame_columns=(),
         warm_starts={"iodine": provide.start_from_iodine},
         state_columns=("hidden", "cell"),
+    ),
+    "ssm": Family(
+        config=ssm.SSMConfig,
+        model=ssm.SSM,
+        inputs=("num_objects",),
+        verbs=("forward", "encode", "rollout", "decode", "interpolate"),
+        causal=True,
+        tracked=True,
+        object_columns=("present", "state", "state_cov", "mean", "log_var"),
+        frame_columns=(),
+    ),
+    "ed_lstm": Family(
+        config=ed_lstm.EDLSTMConfig,
+        model=ed_lstm.EDLSTM,
+        inputs=(),
+        verbs=("forward", "encode", "rollout", "decode"),
+        causal=True,
+        tracked=True,  # one entry, the whole frame
+        object_columns=("hidden",),
+        frame_columns=(),
+        state_columns=("cell",),
     ),
 }
 

@@ -5,6 +5,9 @@
     Latents --rollout(horizon)--> Latents       the predicted future, exactly ``horizon`` frames
     Latents --decode--> Scene                   pixels, and on request masks and components
 
+One family (``ssm``) has a fifth, ``interpolate(video, seen, **inputs) -> Latents``: all frames of a video of which only
+those that the bool tensor ``seen`` (t,) names are looked at. ``Family.verbs`` says which verbs a family has.
+
 Whatever else a caller wants (reconstruct, predict, segment) is a composition, written once in ``families.py``.
 """
 

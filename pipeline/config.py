@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 
 from objdyn.models.ddlp import DDLPConfig
+from objdyn.models.ed_lstm import EDLSTMConfig
 from objdyn.models.iodine import IODINEConfig
 from objdyn.models.provide import PROVIDEConfig
+from objdyn.models.ssm import SSMConfig
 
 if TYPE_CHECKING:
     from objdyn.datasets.preprocessing import Preprocessing
 
-ModelConfig = DDLPConfig | IODINEConfig | PROVIDEConfig
+ModelConfig = DDLPConfig | IODINEConfig | PROVIDEConfig | SSMConfig | EDLSTMConfig
 
 
 @dataclass(frozen=True)
