@@ -193,7 +193,7 @@ class SSM(nn.Module):
         found = self.inference(frames, self.inference.start(counts, most))
         location = found.mean
         if self.training:
-            location = location + found.std * torch.randn_like(found.std)
+            location = location + found.std * _noise(found.std)
         recon = bernoulli_nll(self.renderer(location, present), frames).sum(1)
         neg_entropy = -(0.5 * (1 + math.log(2 * math.pi)) + found.std.log()).sum(3).mul(present).sum((1, 2))
 
@@ -263,11 +263,13 @@ class SSM(nn.Module):
         present = latents.present[:, -1:].expand(-1, horizon, -1)
         if generator is None:
             components = forecast_components(prior, last, horizon)
-            mean, var = position_moments(prior, components, self.config.component)
-            return _latents(mean, mean, var, present, components, self.config.component)
-        components = draw_path(prior, last, horizon, generator)
+        else:
+            components = draw_path(prior, last, horizon, generator)
         mean, var = position_moments(prior, components, self.config.component)
-        location = mean + _correlated(_noise(mean, generator), prior.emission_cov)
+        location = mean
+        if generator is not None:
+            location = mean + _correlated(_noise(mean, generator), prior.emission_cov)
+        location = location.to(latents.location.dtype)
         return _latents(location, mean, var, present, components, self.config.component)
 
     def decode(self, latents: SSMLatents, components: bool = False) -> Scene:
@@ -663,13 +665,12 @@ def _latents(
     components: Components,
     how: Literal["best", "average"],
 ) -> SSMLatents:
-    """Latents of what was inferred, zero where no object is."""
+    """Latents of what was inferred, zero where no object is, in the precision of ``location``."""
     state, cov = components.pick(how)
-    kind = torch.get_default_dtype() if location.dtype == torch.float64 else location.dtype
 
     def of_objects(values: Tensor) -> Tensor:
         shape = (*present.shape, *[1] * (values.ndim - 3))
-        return values.to(kind).masked_fill(~present.view(shape), 0)
+        return values.to(location.dtype).masked_fill(~present.view(shape), 0)
 
     fields = (location, mean, var.log(), state, cov, *components)
     location, mean, log_var, *states = map(of_objects, fields)
@@ -699,7 +700,8 @@ def _draw(found: Inferred, generator: torch.Generator | None) -> Float[Tensor, "
     return found.mean if generator is None else found.mean + found.std * _noise(found.mean, generator)
 
 
-def _noise(values: Tensor, generator: torch.Generator) -> Tensor:
+def _noise(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise of a shape, from ``generator`` or from torch's global state."""
     return torch.randn(values.shape, generator=generator, device=values.device, dtype=values.dtype)
 
 
