@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from objdyn.clips import Clip
 from objdyn.simulators import balls, bouncing_balls, cannonballs
 
 
+@runtime_checkable
 class Episode(Protocol):
     """One simulated video; frames are drawn when asked for."""
 
@@ -43,6 +44,7 @@ class Simulator(NamedTuple):
     """``(options, seed)`` to the simulator with the options of a data string; None where it takes none."""
 
 
+@runtime_checkable
 class _Options(Protocol):
     """A frozen dataclass of what may follow a simulator's name."""
 
