@@ -134,6 +134,14 @@ class SSMLatents(NamedTuple):
     component_cov: Float[Tensor, "b t k z 4 4"]
 
 
+class Inferred(NamedTuple):
+    """q(a) of every frame, and where the inference network stands after the last one."""
+
+    mean: Float[Tensor, "b t k 2"]
+    std: Float[Tensor, "b t k 2"]
+    state: Float[Tensor, "k b d"]
+
+
 class Components(NamedTuple):
     """States given each component z of the mixture; float64."""
 
@@ -399,7 +407,7 @@ class SSM(nn.Module):
         counts: Int[Tensor, " b"],
         prior: LGSSM,
         generator: torch.Generator | None,
-    ) -> "tuple[Inferred, Float[Tensor, 'b t k 2']]":
+    ) -> tuple[Inferred, Float[Tensor, "b t k 2"]]:
         """What the inference network says of all frames, gaps filled with predicted ones, and positions drawn of it."""
         state = self.inference.start(counts, self.config.max_objects)
         parts: list[Inferred] = []
@@ -527,14 +535,6 @@ class Renderer(nn.Module):
         with torch.autocast(location.device.type, enabled=False):  # positions in bfloat16 would jump
             attention, content = self.objects(location).chunk(2, dim=-1)
         return attention.sigmoid() * present.unsqueeze(-1), content.tanh()
-
-
-class Inferred(NamedTuple):
-    """q(a) of every frame, and where the inference network stands after the last one."""
-
-    mean: Float[Tensor, "b t k 2"]
-    std: Float[Tensor, "b t k 2"]
-    state: Float[Tensor, "k b d"]
 
 
 class InferenceNetwork(nn.Module):
