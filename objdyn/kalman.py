@@ -452,8 +452,8 @@ def _require_definite(model: LGSSM, info: Int[Tensor, "..."] | None = None) -> N
         noise = _nudged(model.transition_cov.double(), eps)
         _, square = torch.linalg.cholesky_ex(torch.cat([model.initial_cov.double(), noise.unsqueeze(0)]))
         _, emission = torch.linalg.cholesky_ex(model.emission_cov.double())
-        failures = square.sum() + emission if info is None else square.sum() + emission + info.sum()
-        if not failures:
+        failures = torch.cat([square, emission.view(1), *([] if info is None else [info.flatten()])])
+        if not failures.any():
             return
     for name, field in zip(LGSSM._fields, model, strict=True):
         if not field.isfinite().all():
@@ -634,7 +634,7 @@ class _DenseLogLikelihood(torch.autograd.Function):
         # G_j = G_{j-1} A: what reaches G_j also reaches those before it, times a power of A^T; again in doublings
         power, step = A, p
         while step < t * p:
-            d_G[:-step] += d_G[step:] @ power.T
+            d_G[:-step].add_(d_G[step:] @ power.T)
             power, step = power @ power, 2 * step
         d_dynamics = G[:-p].T @ d_G[p:], d_offset, d_G[:p], d_transition_cov, d_emission_cov
         return *d_dynamics, d_initial_mean, d_initial_cov, d_values, None
@@ -648,7 +648,7 @@ def _dense_log_likelihood(model: LGSSM, data: _Sequences) -> Float[Tensor, "n k"
         part, info = cast("tuple[Tensor, Tensor]", _DenseLogLikelihood.apply(*fields, data.values[members], rows))
         parts.append(part)
         infos.append(info)
-    _require_definite(model, torch.stack(infos))
+    _require_definite(model, infos[0] if len(infos) == 1 else torch.stack(infos))
     return _in_order(parts, groups)
 
 
