@@ -204,9 +204,12 @@ def collate(clips: Sequence[Clip]) -> UInt8[Tensor, "b t c h w"]:
 
 
 def stack_truth(
-    clips: Sequence[Clip], names: Sequence[str], device: torch.device | str | None = None
+    clips: Sequence[Clip], names: Sequence[str] | Mapping[str, str], device: torch.device | str | None = None
 ) -> dict[str, Tensor]:
-    """Stack the truth that a family takes as input (``Family.inputs``), one row per clip, on ``device``.
+    """Stack the truth that a model takes as input, one row per clip, on ``device``.
+
+    A mapping of names (``Family.inputs``) also has the model's setting that says whether an input is needed, for the
+    message.
 
     Raises:
         ValueError: a clip lacks one of ``names``, or has it in another shape than the first clip.
@@ -215,8 +218,11 @@ def stack_truth(
     for name in names:
         for clip in clips:
             if name not in clip.truth:
+                setting = names[name] if isinstance(names, Mapping) else ""
+                without = f", or set model.{setting}=false (--model.no-{setting.replace('_', '-')})" if setting else ""
                 raise ValueError(
-                    f"clip {clip.key} has no truth {name!r}, which the model takes as input; use a dataset that has it"
+                    f"clip {clip.key} has no truth {name!r}, which the model takes as input; use a dataset that has "
+                    f"it{without}"
                 )
             if clip.truth[name].shape != clips[0].truth[name].shape:
                 raise ValueError(

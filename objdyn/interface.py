@@ -48,7 +48,8 @@ Latents = TypeVar("Latents", bound=tuple[Any, ...])
 class VideoModel(Protocol[Latents]):
     """The four verbs. ``video`` is float32 (b, t, c, h, w) in [0, 1].
 
-    ``inputs`` are the per-clip tensors that the family names in ``Family.inputs`` (none for most families), by keyword.
+    ``inputs`` are the per-clip tensors that ``families.describe(config).inputs`` names (none for most families), by
+    keyword.
     ``encode`` and ``rollout`` take ``generator: torch.Generator | None = None``: ``None`` asks for the reproducible
     answer (means), with a generator the latents are sampled from it. A generator must live on the model's device:
     ``torch.Generator(device)``.

@@ -276,7 +276,7 @@ def _training_clips(run: TrainRun, count: int, device: Any) -> tuple[Any, dict[s
     from objdyn import clips, families
     from pipeline.reader import iter_clips, open_source
 
-    names = families.FAMILIES[families.family_of(run.model)].inputs
+    names = families.describe(run.model).inputs
     side = getattr(run.model, "image_size", None)
     if not names and side is not None:
         frames = torch.randint(0, 256, (count, run.clip_frames, 3, side, side), dtype=torch.uint8)

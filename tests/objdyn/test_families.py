@@ -36,7 +36,7 @@ class Case(NamedTuple):
         return torch.rand(b, t or self.frames, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
     def inputs(self, b: int = 2) -> dict[str, Tensor]:
-        return {name: INPUTS[name](b) for name in self.family.inputs}
+        return {name: INPUTS[name](b) for name in families.describe(self.config).inputs}
 
 
 def generator(seed: int) -> torch.Generator:
@@ -181,6 +181,18 @@ def test_every_parameter_gets_a_gradient(case: Case, step: int, clips: int) -> N
     families.set_step(model, step)
     model(case.video(clips), **case.inputs(clips)).total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_a_model_does_without_the_inputs_that_its_config_turns_off(case: Case) -> None:
+    fields = {field: False for field in case.family.inputs.values() if field}
+    if not fields:
+        pytest.skip("the family has no inputs, or none that a setting turns off")
+    other = case._replace(config=dataclasses.replace(case.config, **fields))
+    assert set(other.inputs()) == {name for name, field in case.family.inputs.items() if not field}
+    model = other.model()
+    with torch.no_grad():
+        assert torch.isfinite(model(other.video(), **other.inputs()).total)
+        model.decode(model.encode(other.video(), **other.inputs()))
 
 
 def test_weights_and_config_survive_saving(case: Case) -> None:

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from objdyn import families
 from objdyn.interface import Loss
-from pipeline import checkpoint, failpoints, loop
+from pipeline import benchmark, checkpoint, failpoints, loop
 from pipeline.config import TrainRun, with_overrides
 from pipeline.presets import ABOUT, PRESETS
 from pipeline.reader import open_source
@@ -136,6 +136,30 @@ def test_data_that_do_not_fit_the_model_leave_no_run_folder(
     run = with_overrides(run, {k: v for k, v in changes.items() if not k.startswith("model.")})
     with pytest.raises(ValueError, match=message):
         loop.open_run(run)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def uncounted(tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
+    """A run of the state-space model on clips that do not tell their number of objects."""
+    folder = tmp_path_factory.mktemp("uncounted")
+    benchmark.write_dataset(str(folder / "data"), 4, 8, 32, 4, truth=False)
+    changes = {"steps": 2, "eval_every": 0, "checkpoint_every": 2, "threads": 1, "data": str(folder / "data")}
+    return with_overrides(PRESETS["ssm"]["debug"], changes)
+
+
+def test_data_without_counts_train_a_model_that_takes_none(uncounted: TrainRun, tmp_path: Path) -> None:
+    run = with_overrides(uncounted, {"model.known_count": False, "out": str(tmp_path / "run")})
+    loop.train(loop.open_run(run))
+    loaded = checkpoint.load_model(str(tmp_path / "run"))
+    assert (loaded.step, loaded.config.known_count) == (2, False)
+    device = torch.device("cpu")
+    assert "loss" in loop.evaluate(loaded.model, open_source(run.data, "train"), run, device)
+
+
+def test_a_count_that_is_needed_and_missing_leaves_no_run_folder(uncounted: TrainRun, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no truth 'num_objects'.*model.known_count=false"):
+        loop.open_run(dataclasses.replace(uncounted, out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
