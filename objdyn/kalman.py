@@ -93,13 +93,21 @@ class Sampled(NamedTuple):
     observations: Float[Tensor, "*batch t p"]
 
 
-class NotPositiveDefiniteError(ValueError):
-    """A covariance that is not positive definite (``transition_cov``: not positive semi-definite)."""
+class FieldError(ValueError):
+    """A field of a model with which nothing can be computed."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field} {reason}")
         self.field = field
-        """``transition_cov``, ``emission_cov``, ``initial_cov[k]``, or ``joint``."""
+        """Name of the field, ``initial_cov[k]`` for one of several, or ``joint`` for what they add up to."""
+
+
+class NotFiniteError(FieldError):
+    """A field with NaN or infinite entries."""
+
+
+class NotPositiveDefiniteError(FieldError):
+    """A covariance that is not positive definite (``transition_cov``: not positive semi-definite)."""
 
 
 def component_log_likelihood(
@@ -115,9 +123,9 @@ def component_log_likelihood(
     observed frame the result is 0. ``dense`` factorises once per distinct mask.
 
     Raises:
-        ValueError: a shape that does not fit the model, a mask that is not bool, an unknown method, a parameter that is
-            not finite.
+        ValueError: a shape that does not fit the model, a mask that is not bool, an unknown method.
         NotPositiveDefiniteError: a ValueError that names the covariance.
+        NotFiniteError: as well, where its entries or those of A and B are not finite.
     """
     return _components(model, observations, observed, method).to(observations.dtype)
 
@@ -457,7 +465,7 @@ def _require_definite(model: LGSSM, info: Int[Tensor, "..."] | None = None) -> N
             return
     for name, field in zip(LGSSM._fields, model, strict=True):
         if not field.isfinite().all():
-            raise ValueError(f"{name} has entries that are not finite; look for what made them so before this call")
+            raise NotFiniteError(name, "has entries that are not finite; look for what made them so before this call")
     covariances = {"emission_cov": model.emission_cov.double()}
     covariances |= {f"initial_cov[{k}]": cov.double() for k, cov in enumerate(model.initial_cov)}
     for name, cov in {"transition_cov": noise, **covariances}.items():

@@ -188,8 +188,9 @@ class SSM(nn.Module):
         per clip; ``kl_weight``; and what shows a drift of the latents' scale: ``smallest_std`` of q, and ``spread``,
         the variance of its means over the batch.
 
-        Where a covariance of the prior is numerically not positive definite any more, the loss is NaN, so that a
-        training loop skips the step, and a term that is NaN too has the parameter's name: ``prior.transition_cov``.
+        Where a covariance of the prior is numerically not positive definite any more, or a parameter of the prior is
+        not finite, the loss is NaN, so that a training loop skips the step, and a term that is NaN too has the name of
+        what is broken: ``prior.transition_cov``, ``prior.force``.
 
         Raises:
             ValueError: the frames are not binary (``layers.binary.binary_frames``), or ``num_objects`` is missing or
@@ -206,14 +207,14 @@ class SSM(nn.Module):
         neg_entropy = -(0.5 * (1 + math.log(2 * math.pi)) + found.std.log()).sum(3).mul(present).sum((1, 2))
 
         frozen = int(self.step) < self.config.frozen_steps
-        broken: dict[str, Tensor] = {}
         unused = self._unused(frozen, most)
         try:
             positions = rearrange(location, "b t k p -> b k t p").double()
             log_prior = kalman.log_likelihood(self.prior(frozen), positions).to(recon.dtype).mul(present[:, 0]).sum(1)
-        except kalman.NotPositiveDefiniteError as error:
+            broken = [] if log_prior.isfinite().all() else self._not_finite()
+        except kalman.FieldError as error:
             log_prior = torch.full_like(recon, torch.nan)
-            broken[f"prior.{error.field}"] = recon.new_tensor(torch.nan)
+            broken = self._not_finite() or [f"prior.{error.field}"]
             unused.append(self.prior)
         weight = self.kl_weight(int(self.step))
         kl = neg_entropy - log_prior
@@ -223,13 +224,13 @@ class SSM(nn.Module):
             here = present.unsqueeze(-1)
             centred = found.mean - (found.mean * here).sum((0, 1, 2)) / here.sum()
             terms = {
+                **dict.fromkeys(broken, recon.new_tensor(torch.nan)),  # first, where a message lists a few
                 **{name: values.mean() / frames.shape[1] for name, values in per_clip.items()},
                 "recon_clip": recon.mean(),
                 "kl_clip": kl.mean(),
                 "kl_weight": recon.new_tensor(weight),
                 "smallest_std": found.std.masked_fill(~here, torch.inf).min(),
                 "spread": (centred.square() * here).sum() / (2 * here.sum()),
-                **broken,
             }
         return Loss(total, terms)
 
@@ -399,6 +400,11 @@ class SSM(nn.Module):
         if frozen:
             return [*unused, self.prior]
         return unused if self.config.learn_transition_cov else [*unused, self.prior.transition_cov]
+
+    def _not_finite(self) -> list[str]:
+        """Names of the prior's parameters that are not finite."""
+        named = self.named_parameters()
+        return [name for name, parameter in named if name.startswith("prior.") and not parameter.isfinite().all()]
 
     def _infer_across_gaps(
         self,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from objdyn import kalman
-from objdyn.kalman import LGSSM, NotPositiveDefiniteError
+from objdyn.kalman import LGSSM, NotFiniteError, NotPositiveDefiniteError
 
 Form = Literal["dense", "sequential", "scan"]
 FORMS: tuple[Form, ...] = ("dense", "sequential", "scan")
@@ -608,8 +608,9 @@ def test_parameter_that_is_not_finite_is_named() -> None:
         bad = getattr(model, field).clone()
         bad.flatten()[0] = math.nan
         for form in FORMS:
-            with pytest.raises(ValueError, match=f"{field} has entries that are not finite"):
+            with pytest.raises(NotFiniteError, match=f"{field} has entries that are not finite") as caught:
                 kalman.log_likelihood(model._replace(**{field: bad}), torch.zeros(4, 2).double(), method=form)
+            assert caught.value.field == field
 
 
 def test_input_that_does_not_fit_is_refused() -> None:

@@ -261,6 +261,44 @@ def test_losses_that_stay_non_finite_stop_the_run_naming_terms_and_clips(tmp_pat
     assert checkpoint.last_step(run.out) is None
 
 
+def negate_covariance(model: torch.nn.Module) -> None:
+    covariance = model.get_submodule("prior.emission_cov")
+    broken = -covariance()
+    covariance.forward = lambda: broken
+
+
+def spoil(name: str) -> Callable[[torch.nn.Module], object]:
+    return lambda model: model.get_parameter(name).data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("prior.emission_cov", negate_covariance),
+        ("prior.transition_cov.raw_diagonal", spoil("prior.transition_cov.raw_diagonal")),
+        ("prior.force", spoil("prior.force")),
+    ],
+)
+def test_dynamics_that_break_are_named_in_every_skipped_step_and_stop_the_run(
+    name: str, harm: Callable[[torch.nn.Module], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"steps": 9, "eval_every": 0, "checkpoint_every": 9, "threads": 1, "out": str(tmp_path / "run")}
+    run = loop.open_run(with_overrides(PRESETS["ssm"]["debug"], changes))
+    real, calls = loop._loss, itertools.count(1)
+
+    def loss(model: torch.nn.Module, *args: Any) -> Loss:
+        if next(calls) == 3:
+            harm(model)
+        return real(model, *args)
+
+    monkeypatch.setattr(loop, "_loss", loss)
+    with pytest.raises(FloatingPointError, match=f"^loss, {name}, .* not finite 5 steps in a row, last in step 3 "):
+        loop.train(run)
+    skipped = [line for line in loop.read_metrics(run.out) if line["kind"] == "skipped"]
+    assert [(line["step"], line["not_finite"][:2]) for line in skipped] == [(3, ["loss", name])] * 5
+    assert checkpoint.last_step(run.out) is None
+
+
 def test_a_skipped_step_after_a_checkpoint_is_logged_once_by_a_run_killed_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -338,6 +338,18 @@ def test_a_covariance_that_breaks_is_a_skipped_step_with_its_name(name: str, mon
     assert any(found.startswith(f"prior.{name}") for found in names)
 
 
+@pytest.mark.parametrize("name", [name for name, _ in build().prior.named_parameters()])
+def test_a_parameter_of_the_prior_that_is_not_finite_is_named_before_the_terms(name: str) -> None:
+    model = build().train()
+    with torch.no_grad():
+        model.prior.get_parameter(name).flatten()[0] = torch.nan
+    loss = model(video(), MIXED)
+    loss.total.backward()
+    assert not torch.isfinite(loss.total)
+    assert [p for p, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert next(iter(loss.terms)) == f"prior.{name}"
+
+
 def test_bfloat16_keeps_positions_and_the_prior_exact() -> None:
     torch.manual_seed(0)
     model = SSM(dataclasses.replace(TINY, image_size=8))
