@@ -15,5 +15,6 @@ if __name__ == "__main__":
     main(
         extract,
         ExtractRun,
-        description="Write object latents, and with --context and --horizon predicted futures, as Parquet.",
+        description="Write object latents as Parquet: of all frames; with --context and --horizon also of predicted "
+        "ones; with --context and --closing also of those between the first and the last frames, interpolated.",
     )

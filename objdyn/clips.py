@@ -40,6 +40,8 @@ _TRUTH_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TRUTH = {
     "segmentation": ("uint8", 3),
     "positions": ("float32", 3),
+    "rendered_positions": ("float32", 3),
+    "velocities": ("float32", 3),
     "present": ("bool", 2),
     "num_objects": ("int64", 0),
 }
@@ -56,7 +58,9 @@ class Clip:
 
     ``truth`` may hold ``segmentation`` uint8 (t, h, w) with 0 for the background, ``positions`` float32 (t, n, 2) as
     (y, x) in [-1, 1] with ``align_corners=True`` (y down), ``present`` bool (t, n), ``num_objects`` int64 (), and other
-    arrays. An array of rank 1 or more has time as its first axis; an array of rank 0 describes the whole clip.
+    arrays. Where objects are drawn with noise, ``positions`` are those without it and ``rendered_positions`` float32
+    (t, n, 2) those drawn; ``velocities`` float32 (t, n, 2) are the change of ``positions`` per frame, (y, x). An array
+    of rank 1 or more has time as its first axis; an array of rank 0 describes the whole clip.
 
     Raises:
         ValueError: a shape, a dtype or the key breaks these rules.
@@ -203,9 +207,12 @@ def collate(clips: Sequence[Clip]) -> UInt8[Tensor, "b t c h w"]:
 
 
 def stack_truth(
-    clips: Sequence[Clip], names: Sequence[str], device: torch.device | str | None = None
+    clips: Sequence[Clip], names: Sequence[str] | Mapping[str, str], device: torch.device | str | None = None
 ) -> dict[str, Tensor]:
-    """Stack the truth that a family takes as input (``Family.inputs``), one row per clip, on ``device``.
+    """Stack the truth that a model takes as input, one row per clip, on ``device``.
+
+    A mapping of names (``Family.inputs``) also has the model's setting that says whether an input is needed, for the
+    message.
 
     Raises:
         ValueError: a clip lacks one of ``names``, or has it in another shape than the first clip.
@@ -214,8 +221,11 @@ def stack_truth(
     for name in names:
         for clip in clips:
             if name not in clip.truth:
+                setting = names[name] if isinstance(names, Mapping) else ""
+                without = f", or set model.{setting}=false (--model.no-{setting.replace('_', '-')})" if setting else ""
                 raise ValueError(
-                    f"clip {clip.key} has no truth {name!r}, which the model takes as input; use a dataset that has it"
+                    f"clip {clip.key} has no truth {name!r}, which the model takes as input; use a dataset that has "
+                    f"it{without}"
                 )
             if clip.truth[name].shape != clips[0].truth[name].shape:
                 raise ValueError(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from objdyn.interface import Scene, VideoModel
-from objdyn.models import ddlp, iodine, provide
+from objdyn.models import ddlp, ed_lstm, iodine, provide, ssm
 
 
 class Family(NamedTuple):
@@ -23,8 +23,9 @@ class Family(NamedTuple):
     """Frozen dataclass of scalars and tuples."""
     model: Callable[[Any], VideoModel[Any]]
     """Builds the model from its config; an ``nn.Module``."""
-    inputs: tuple[str, ...]
-    """Per-clip tensors that ``forward`` and ``encode`` need beside the video."""
+    inputs: Mapping[str, str]
+    """Per-clip tensors that ``forward`` and ``encode`` need beside the video, by name; with each the bool field of the
+    config that says whether it is needed, empty where it always is. ``describe`` leaves out those that are not."""
     verbs: tuple[str, ...]
     """The verbs that make sense; calling another one raises."""
     causal: bool
@@ -46,7 +47,7 @@ FAMILIES: dict[str, Family] = {
     "ddlp": Family(
         config=ddlp.DDLPConfig,
         model=ddlp.DDLP,
-        inputs=(),
+        inputs={},
         verbs=("forward", "encode", "rollout", "decode"),
         causal=True,
         tracked=True,
@@ -56,7 +57,7 @@ FAMILIES: dict[str, Family] = {
     "iodine": Family(
         config=iodine.IODINEConfig,
         model=iodine.IODINE,
-        inputs=(),
+        inputs={},
         verbs=("forward", "encode", "decode"),
         causal=True,
         tracked=False,
@@ -66,7 +67,7 @@ FAMILIES: dict[str, Family] = {
     "provide": Family(
         config=provide.PROVIDEConfig,
         model=provide.PROVIDE,
-        inputs=(),
+        inputs={},
         verbs=("forward", "encode", "rollout", "decode"),
         causal=True,
         tracked=True,
@@ -74,6 +75,27 @@ FAMILIES: dict[str, Family] = {
         frame_columns=(),
         warm_starts={"iodine": provide.start_from_iodine},
         state_columns=("hidden", "cell"),
+    ),
+    "ssm": Family(
+        config=ssm.SSMConfig,
+        model=ssm.SSM,
+        inputs={"num_objects": "known_count"},
+        verbs=("forward", "encode", "rollout", "decode", "interpolate"),
+        causal=True,
+        tracked=True,
+        object_columns=("present", "state", "state_cov", "mean", "log_var"),
+        frame_columns=(),
+    ),
+    "ed_lstm": Family(
+        config=ed_lstm.EDLSTMConfig,
+        model=ed_lstm.EDLSTM,
+        inputs={},
+        verbs=("forward", "encode", "rollout", "decode"),
+        causal=True,
+        tracked=True,  # one entry, the whole frame
+        object_columns=("hidden",),
+        frame_columns=(),
+        state_columns=("cell",),
     ),
 }
 
@@ -88,6 +110,17 @@ def family_of(config: Any) -> str:
         if type(config) is family.config:
             return name
     raise ValueError(f"{type(config).__name__} is the config of no family; known: {', '.join(FAMILIES)}")
+
+
+def describe(config: Any) -> Family:
+    """The family of a config, with the ``inputs`` that a model of this config needs.
+
+    Raises:
+        ValueError: no family has such a config.
+    """
+    family = FAMILIES[family_of(config)]
+    needed = {name: field for name, field in family.inputs.items() if not field or getattr(config, field)}
+    return family._replace(inputs=needed)
 
 
 def build(config: Any) -> Any:

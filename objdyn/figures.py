@@ -8,7 +8,7 @@ with ``align_corners=True``: -1 is the centre of the first pixel, 1 the centre o
 import colorsys
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Literal
 
@@ -37,6 +37,10 @@ PALETTE: tuple[Colour, ...] = (
 )
 CURVES = ("#2563eb", "#d97706", "#6b7280", "#059669", "#9333ea", "#dc2626", "#0891b2", "#a16207")
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "4 2")
+TRACES = ((6.0, ""), (1.4, ""), (1.8, "6 3"), (2.0, "1.5 3"))
+"""Width and dashes of the lines of a track: pale for the first, with a dot at each frame for the second."""
+REACH = 2.0
+"""Tracks that leave the frame are shown up to this coordinate."""
 OVERSAMPLE = 2
 
 
@@ -237,6 +241,47 @@ def animation(
     return buffer.getvalue()
 
 
+def overlay(frames: np.ndarray, *, faintest: float = 0.25) -> np.ndarray:
+    """All frames of a clip in one picture, later ones brighter: moving balls on black (Fig. 1 of Chiappa & Paquet).
+
+    Each pixel has the largest value that it takes, with frame t weighted from ``faintest`` (the first) to 1 (the last).
+
+    Args:
+        frames: uint8 (t, h, w, c), bright things on black.
+        faintest: weight of the first frame, in [0, 1]; a single frame is the last.
+
+    Returns:
+        uint8 (h, w, 3).
+    """
+    if frames.ndim != 4 or len(frames) == 0 or not 0 <= faintest <= 1:
+        raise ValueError(
+            f"an overlay needs frames (t, h, w, c) and a weight in [0, 1], got {frames.shape} and {faintest:g}"
+        )
+    weights = np.linspace(1, faintest, len(frames))[::-1]
+    brightest = np.zeros(frames.shape[1:])
+    for frame, weight in zip(frames, weights, strict=True):
+        np.maximum(brightest, frame * weight, out=brightest)
+    return upscale(np.round(brightest).astype(np.uint8), 1)
+
+
+def overlays(panels: Mapping[str, np.ndarray], *, factor: int = 4, faintest: float = 0.25) -> np.ndarray:
+    """Overlays side by side, for example of generated and of true frames (Figs. 6 and 9 of the same paper).
+
+    Args:
+        panels: label -> uint8 (t, h, w, c); lengths may differ, heights may not.
+        factor: enlargement.
+        faintest: see ``overlay``.
+    """
+    if not panels or len({frames.shape[1:2] for frames in panels.values()}) != 1:
+        shapes = {label: frames.shape for label, frames in panels.items()}
+        raise ValueError(f"overlays need at least one panel, and frames of one height, got {shapes}")
+    cells = [
+        _captioned(_framed(upscale(overlay(frames, faintest=faintest), factor), MUTED, 1), label)
+        for label, frames in panels.items()
+    ]
+    return _row(cells)
+
+
 def png(picture: np.ndarray) -> bytes:
     """Encode a picture, uint8 (H, W, 3), as PNG."""
     buffer = io.BytesIO()
@@ -327,6 +372,68 @@ def line_plot(
                 parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{radius}" fill="{colour}">')
                 parts.append(f"<title>{escape(label)}</title></circle>")
     parts.append("</svg>")
+    return "".join(parts)
+
+
+def track_plot(
+    tracks: Mapping[str, np.ndarray],
+    *,
+    styles: Mapping[str, int] | None = None,
+    frame: bool = True,
+    size: int = 320,
+    label: str = "tracks of objects",
+) -> str:
+    """Tracks of objects in the plane as an ``<svg>`` element: true, inferred, generated, interpolated ones in one plot.
+
+    Object k has the colour of index k in every kind of track, the kind shows in the line, and a ring is where a track
+    begins (Figs. 3, 5, 8 and 9 of Chiappa & Paquet). Both axes have one scale and y goes down.
+
+    Args:
+        tracks: name -> (t, k, 2), or (n, t, k, 2) to draw n clips into one plot; positions (y, x). Lengths may differ,
+            and positions that are not finite leave a gap, so a rollout may come alone or behind such a context.
+        styles: name -> number of its line, for plots that share names; by order where not given. Number 0 is broad and
+            pale, for what others are compared with; 1 has a dot at each frame; 2 is dashed and 3 dotted.
+        frame: positions are coordinates in [-1, 1], the frame is drawn, and tracks are cut at ``REACH``. Otherwise they
+            are latents of any size, and all of them are shown.
+        size: width of the drawing in its own units.
+        label: what a screen reader says.
+    """
+    runs = {name: track[None] if track.ndim == 3 else track for name, track in tracks.items()}
+    if any(run.ndim != 4 or run.shape[3] != 2 for run in runs.values()):
+        shapes = {name: track.shape for name, track in tracks.items()}
+        raise ValueError(f"tracks must be (t, k, 2) or (n, t, k, 2), got {shapes}")
+    style = {name: (styles or {}).get(name, i) % len(TRACES) for i, name in enumerate(runs)}
+    points = np.concatenate([np.zeros((0, 2)), *(run.reshape(-1, 2) for run in runs.values())])
+    points = points[np.isfinite(points).all(axis=1)]
+    if len(points) == 0:
+        return f'<p class="empty">No values of {escape(label)}.</p>'
+    if frame:
+        points = np.concatenate([np.clip(points, -REACH, REACH), [[-1, -1], [1, 1]]])
+    low, high = points.min(axis=0), points.max(axis=0)
+    middle, side = (low + high) / 2, size - 2
+    scale = side / (1.08 * (float((high - low).max()) or 1.0))
+
+    def place(point: np.ndarray) -> tuple[float, float]:
+        y, x = np.clip((point - middle) * scale + side / 2, -1e6, 1e6)  # a diverged track stays a number of few digits
+        return float(x), float(y)
+
+    lines = {name: ("#cbd2d9" if s == 0 else "#52606d", TRACES[s][1], TRACES[s][0]) for name, s in style.items()}
+    legend, top = _legend(lines, size)
+    parts = [f'<svg class="plot" viewBox="0 0 {size} {top + size}" role="img" aria-label="{escape(label)}">']
+    parts.append(f'<g font-size="12" fill="#52606d">{legend}</g>')
+    # An inner svg cuts what leaves it.
+    parts.append(f'<svg x="1" y="{top + 1}" width="{side}" height="{side}">')
+    if frame:
+        (x, y), (right, bottom) = place(np.array([-1.0, -1.0])), place(np.array([1.0, 1.0]))
+        box = f'x="{x:.1f}" y="{y:.1f}" width="{right - x:.1f}" height="{bottom - y:.1f}"'
+        parts.append(f'<rect {box} fill="#f5f7fa" stroke="#9aa5b1"/>')
+    for name in sorted(runs, key=lambda name: style[name] > 0):
+        parts += [
+            _track(track, f"{name}, object {k}", colour, style[name], place)
+            for run in runs[name]
+            for k, (track, colour) in enumerate(zip(run.swapaxes(0, 1), colours(run.shape[1]), strict=True))
+        ]
+    parts.append("</svg></svg>")
     return "".join(parts)
 
 
@@ -427,6 +534,38 @@ def _annotate(
     layer = layer.resize((width, height), Image.Resampling.BOX)
     picture = Image.fromarray(canvas).convert("RGBA")
     return np.asarray(Image.alpha_composite(picture, layer).convert("RGB"))
+
+
+def _track(
+    track: np.ndarray,
+    name: str,
+    colour: np.ndarray,
+    style: int,
+    place: Callable[[np.ndarray], tuple[float, float]],
+) -> str:
+    """The line of one object, (t, 2), with a ring where it begins."""
+    pale = 0.6 if style == 0 else 0.0
+    ink = "#" + "".join(f"{round(value + pale * (255 - value)):02x}" for value in _rgb(colour))
+    width, dash = TRACES[style]
+    there = np.isfinite(track).all(axis=1)
+    placed = {int(t): place(track[t]) for t in np.flatnonzero(there)}
+    if not placed:
+        return ""
+    line = (
+        f'fill="none" stroke="{ink}" stroke-width="{width}" stroke-dasharray="{dash}" stroke-linejoin="round" '
+        f'stroke-linecap="{"round" if style == 0 else "butt"}"'
+    )
+    parts = [f"<g><title>{escape(name)}</title>"]
+    for run in np.split(np.arange(len(track)), np.flatnonzero(~there)):
+        inside = [placed[int(t)] for t in run if t in placed]
+        if inside:
+            parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in inside)}" {line}/>')
+    for t, (x, y) in placed.items() if style == 1 else ():
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.9" fill="{ink}">')
+        parts.append(f"<title>{escape(name)}, frame {t}</title></circle>")
+    x, y = next(iter(placed.values()))
+    parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="none" stroke="{ink}" stroke-width="1.6"/></g>')
+    return "".join(parts)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

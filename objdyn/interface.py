@@ -5,6 +5,9 @@
     Latents --rollout(horizon)--> Latents       the predicted future, exactly ``horizon`` frames
     Latents --decode--> Scene                   pixels, and on request masks and components
 
+One family (``ssm``) has a fifth, ``interpolate(video, seen, **inputs) -> Latents``: all frames of a video of which only
+those that the bool tensor ``seen`` (t,) names are looked at. ``Family.verbs`` says which verbs a family has.
+
 Whatever else a caller wants (reconstruct, predict, segment) is a composition, written once in ``families.py``.
 """
 
@@ -46,7 +49,8 @@ Latents = TypeVar("Latents", bound=tuple[Any, ...])
 class VideoModel(Protocol[Latents]):
     """The four verbs. ``video`` is float32 (b, t, c, h, w) in [0, 1].
 
-    ``inputs`` are the per-clip tensors that the family names in ``Family.inputs`` (none for most families), by keyword.
+    ``inputs`` are the per-clip tensors that ``families.describe(config).inputs`` names (none for most families), by
+    keyword.
     ``encode`` and ``rollout`` take ``generator: torch.Generator | None = None``: ``None`` asks for the reproducible
     answer (means), with a generator the latents are sampled from it. A generator must live on the model's device:
     ``torch.Generator(device)``.

@@ -20,21 +20,20 @@ import os
 import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 
-from objdyn import clips, families
+from objdyn import clips, families, simulators
 from objdyn.clips import Clip
 from objdyn.simulators import SIMULATORS, Episode, Simulator
-from pipeline import checkpoint, cluster, extract, loop, quickstart, reference, shard, store, tables
+from pipeline import checkpoint, cluster, extract, loop, quickstart, reference, shard, store, tables, textbook
 from pipeline.config import BENCHMARK_PARTS, BenchmarkRun, ExtractRun, LoaderConfig, ShardRun, TrainRun, torch_device
 from pipeline.presets import PRESETS
 from pipeline.reader import TrainingReader, iter_clips, open_source
@@ -42,12 +41,14 @@ from pipeline.timing import (
     IntegrityClock,
     Spread,
     StepTimer,
+    alternate,
     in_child,
     mean_parts,
     new_processes,
     peak_memory,
     repeat,
     replaced,
+    say,
     spread,
 )
 
@@ -69,7 +70,9 @@ EXTRACT_PARTS = 5
 ARM_SECONDS = 6.0
 """What one side of a pair should take, so that five pairs stay within minutes."""
 
-Result = TypeVar("Result")
+REFERENCES = (*reference.REFERENCES, "ssm")
+"""Families that have a part ``reference``."""
+
 Report = dict[str, Any]
 
 
@@ -132,7 +135,10 @@ class _Bench:
     def __init__(self, run: BenchmarkRun, preset: TrainRun, device: torch.device, threads: int, folder: str) -> None:
         self.run, self.preset, self.device, self.threads, self.folder = run, preset, device, threads, folder
         self.side = int(getattr(preset.model, "image_size", SIMULATORS[SIMULATOR].height))
+        self.source = own_source(preset, self.side)
         self.frames = max(FRAMES, preset.clip_frames)
+        if self.source:
+            self.frames = min(self.frames, simulators.simulator(self.source).num_frames)
         self.device_name: Literal["cpu", "cuda"] = cast(Literal["cpu", "cuda"], device.type)
         self.middle = max(1, preset.steps // 2)
         self.step_seconds: float | None = None
@@ -141,8 +147,11 @@ class _Bench:
         self._number = itertools.count()
 
     def describe_data(self) -> str:
-        text = f"sim:{SIMULATOR}, {self.frames} frames of {self.side}x{self.side}, in shards on the local disk"
-        return text if self.preset.data == f"sim:{SIMULATOR}" else f"{text}, in place of the preset's own data"
+        size = f"{self.frames} frames of {self.side}x{self.side}, in shards on the local disk"
+        if not self.source:
+            return f"sim:{SIMULATOR}, {size}, in place of the preset's own data"
+        others = "" if self.source == SIMULATOR else f"; those of reader and shard are of {SIMULATOR}"
+        return f"sim:{self.source}, {size}{others}"
 
     def measure(self, part: str) -> Report:
         return {
@@ -152,7 +161,7 @@ class _Bench:
             "shard": self.shard,
             "extract": self.extract,
             "ray-train": self.ray_train,
-            "reference": lambda: reference.measure(self.run.family, self.run.steps, say),
+            "reference": self.reference,
         }[part]()
 
     def train(self) -> Report:
@@ -213,13 +222,13 @@ class _Bench:
         model, batch = self._checkpoint(), ExtractRun.batch_size
         say("extract: trial")
         few = self._new("data")
-        write_dataset(few, 3 * batch, self.frames, self.side, batch)
+        self._write_dataset(few, 3 * batch, batch)
         trial = in_child(measure_extraction, model, few, self._new("tables"), batch, self.device_name)
         wanted = ARM_SECONDS / (EXTRACT_PARTS - 1) * trial["clips"] / trial["seconds"]
         usual = shard.clips_per_shard(ShardRun(source="", out="", frames=self.frames, size=self.side))
         size = min(max(1, round(wanted / batch)) * batch, max(usual, batch))
         data = self._new("data")
-        write_dataset(data, EXTRACT_PARTS * size, self.frames, self.side, size)
+        self._write_dataset(data, EXTRACT_PARTS * size, size)
         details: list[Report] = []
 
         def bare() -> Arm:
@@ -289,12 +298,17 @@ class _Bench:
         )
         return compare(pairs, "steps/s", TARGETS["ray-train"]) | {"steps": steps, "counted_steps": interval * intervals}
 
+    def reference(self) -> Report:
+        if self.run.family == "ssm":
+            return textbook.measure(self.run.pairs, say)
+        return reference.measure(self.run.family, self.run.steps, say)
+
     def _train_run(self) -> TrainRun:
         """The preset on generated data, with nothing but steps and the last checkpoint."""
         data = os.path.join(self.folder, "train-data")
         if not os.path.exists(data):
             batch = self.preset.optim.batch_size
-            write_dataset(data, max(2 * batch, 32), self.frames, self.side, max(batch, 16))
+            self._write_dataset(data, max(2 * batch, 32), max(batch, 16))
         return dataclasses.replace(
             self.preset,
             data=data,
@@ -323,6 +337,9 @@ class _Bench:
         return checkpoint.save_checkpoint(
             self._new("run"), 0, model=model, optimizer=torch.optim.Adam(model.parameters()), state=state, keep_last=1
         )
+
+    def _write_dataset(self, folder: str, count: int, clips_per_shard: int) -> None:
+        write_dataset(folder, count, self.frames, self.side, clips_per_shard, source=self.source)
 
     def _connect(self, part: str) -> int:
         """Connect to Ray; return its CPU slots."""
@@ -394,11 +411,12 @@ def measure_training(run: TrainRun, steps: int, checkpoint_every: int) -> Report
 
 
 def measure_verbs(run: TrainRun, batch: int, context: int, horizon: int, times: int) -> Report:
-    """Clips and frames per second of encode, rollout and decode, for the verbs that the family has."""
+    """Clips and frames per second of encode, rollout, interpolate (of the middle third) and decode, for the verbs that
+    the family has."""
     device = torch_device(run.device)
     if device.type == "cpu" and run.threads:
         torch.set_num_threads(run.threads)
-    family = families.FAMILIES[families.family_of(run.model)]
+    family = families.describe(run.model)
     torch.manual_seed(run.seed)
     model = families.build(run.model).to(device).eval()
     source = open_source(run.data, "train")
@@ -406,12 +424,16 @@ def measure_verbs(run: TrainRun, batch: int, context: int, horizon: int, times: 
     some = list(itertools.islice(itertools.cycle(some), batch))
     video = clips.to_model_input(clips.collate(some), device)
     inputs: dict[str, Any] = {**clips.stack_truth(some, family.inputs, device)}
+    seen = torch.ones(context, dtype=torch.bool)
+    seen[context // 3 : context - context // 3] = False
+    seen[0] = True
     rows: Report = {}
     with torch.no_grad():
         latents = model.encode(video, **inputs)
         calls: dict[str, tuple[int, Callable[[], object]]] = {
             "encode": (context, lambda: model.encode(video, **inputs)),
             "rollout": (horizon, lambda: model.rollout(latents, horizon)),
+            "interpolate": (context, lambda: model.interpolate(video, seen, **inputs)),
             "decode": (context, lambda: model.decode(latents)),
         }
         for verb, (frames, call) in calls.items():
@@ -484,7 +506,7 @@ def measure_extraction(path: str, data: str, out: str, batch: int, device: str) 
     if device == "cpu":
         torch.set_num_threads(1)  # as a worker of extract.py has
     loaded = checkpoint.load_model(path, device=device)
-    family = families.FAMILIES[loaded.family]
+    family = families.describe(loaded.config)
     source = open_source(data, "train")
     provenance = tables.Provenance(loaded.family, loaded.model_id, source.id, "train", family.tracked)
     job = extract.Job(path, data, out, None, batch, device, provenance)
@@ -610,21 +632,6 @@ def counted_steps(out: str, after: int = 0) -> tuple[int, float]:
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
-def alternate(
-    label: str, pairs: int, stage: Callable[[], Result], bare: Callable[[], Result]
-) -> list[tuple[Result, Result]]:
-    """Run both sides one right after the other, ``pairs`` times, and swap the order each time."""
-    results: list[tuple[Result, Result]] = []
-    for number in range(pairs):
-        say(f"{label}: pair {number + 1} of {pairs}")
-        if number % 2 == 0:
-            b, a = bare(), stage()
-        else:
-            a, b = stage(), bare()
-        results.append((a, b))
-    return results
-
-
 def compare(pairs: Sequence[tuple[Arm, Arm]], unit: str, target: float | None) -> Report:
     """The rates of a stage and of the same work bare, and their ratio, per process, inside each pair."""
     ratio = spread([(a.rate / a.slots) / (b.rate / b.slots) for a, b in pairs])
@@ -701,9 +708,21 @@ def redrawn(side: int, truth: bool = True) -> Simulator:
     return simulator._replace(name=f"{SIMULATOR}-{side}", height=side, width=side, episodes=episodes)
 
 
-def write_dataset(folder: str, count: int, frames: int, side: int, clips_per_shard: int, *, truth: bool = True) -> None:
-    """Write a split ``train`` of simulated clips, one of each episode, in this process and without Ray."""
-    simulator = redrawn(side, truth)
+def own_source(preset: TrainRun, side: int) -> str:
+    """The simulator that a preset trains on, as ``simulators.simulator`` takes it; empty where it trains on files."""
+    name, _, spec = preset.data.partition(":")
+    return spec if name == "sim" and simulators.simulator(spec).height == side else ""
+
+
+def write_dataset(
+    folder: str, count: int, frames: int, side: int, clips_per_shard: int, *, source: str = "", truth: bool = True
+) -> None:
+    """Write a split ``train`` of simulated clips, one of each episode, in this process and without Ray.
+
+    ``source`` is the simulator; without one the bouncing balls are drawn at the size that is wanted, with ``truth`` or
+    without.
+    """
+    simulator = simulators.simulator(source) if source else redrawn(side, truth)
     run = ShardRun(
         source=f"sim:{simulator.name}",
         out=folder,
@@ -713,17 +732,15 @@ def write_dataset(folder: str, count: int, frames: int, side: int, clips_per_sha
         limit=count,
         clips_per_shard=clips_per_shard,
     )
-    SIMULATORS[simulator.name] = simulator
-    try:
-        with (
-            _silence(),
-            replaced(shard, "_run_all", in_this_process),
-            replaced(cluster, "connect", lambda *_: None),
-            replaced(cluster, "require_shared", lambda *_: None),
-        ):
-            shard.shard(run)
-    finally:
-        del SIMULATORS[simulator.name]
+    with contextlib.ExitStack() as undo:
+        if not source:
+            SIMULATORS[simulator.name] = simulator
+            undo.callback(SIMULATORS.pop, simulator.name)
+        undo.enter_context(_silence())
+        undo.enter_context(replaced(shard, "_run_all", in_this_process))
+        undo.enter_context(replaced(cluster, "connect", lambda *_: None))
+        undo.enter_context(replaced(cluster, "require_shared", lambda *_: None))
+        shard.shard(run)
 
 
 def write_videos(folder: str, count: int) -> None:
@@ -755,18 +772,12 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def say(text: str) -> None:
-    """Tell how far it is."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def _preset(run: BenchmarkRun) -> TrainRun:
     if run.family not in families.FAMILIES:
         raise ValueError(f"unknown family {run.family!r}; choose from {', '.join(families.FAMILIES)}")
-    if "reference" in run.parts and run.family not in reference.REFERENCES:
+    if "reference" in run.parts and run.family not in REFERENCES:
         raise ValueError(
-            f"{run.family} has no part 'reference'; only {' and '.join(reference.REFERENCES)} are compared with their "
-            "authors' code"
+            f"{run.family} has no part 'reference'; only {', '.join(REFERENCES)} are compared with other code"
         )
     presets = PRESETS[run.family]
     if run.preset not in presets:
@@ -778,7 +789,7 @@ def _parts(run: BenchmarkRun) -> list[str]:
     """What to measure, in the order of ``BENCHMARK_PARTS``."""
     if run.parts:
         return [part for part in BENCHMARK_PARTS if part in run.parts]
-    return [part for part in BENCHMARK_PARTS if part != "reference" or run.family in reference.REFERENCES]
+    return [part for part in BENCHMARK_PARTS if part != "reference" or run.family in REFERENCES]
 
 
 def _integrity(sha256: float, sync: float, whole: float) -> Report:
@@ -877,7 +888,7 @@ def _rollout_table(rollout: Report) -> list[str]:
     rows = [["", "batch", "frames", "clips/s", "frames/s", "seconds (least - most)"]]
     memory = []
     for batch, measured in rollout["batches"].items():
-        for verb in ("encode", "rollout", "decode"):
+        for verb in ("encode", "rollout", "interpolate", "decode"):
             if verb in measured:
                 m = measured[verb]
                 numbers = [f"{m['clips_per_second']:.4g}", f"{m['frames_per_second']:.4g}"]
@@ -887,6 +898,12 @@ def _rollout_table(rollout: Report) -> list[str]:
 
 
 def _reference_table(family: str, measured: Report) -> list[str]:
+    if family == "ssm":
+        return [
+            f"reference: forward and backward of {measured['batch']} clips with {measured['objects']} objects, "
+            f"{measured['components']} components, fp32, cpu, one thread; beside the equations as they are written",
+            *itertools.chain.from_iterable(_align(cells) for cells in textbook.table(measured)),
+        ]
     size = f"{measured['size']} pixels, K = {measured['slots']}, R = {measured['refinements']}, fp32"
     return [
         f"reference: one training step of {measured['batch']} clips x {measured['frames']} frames, {size}, cpu, "

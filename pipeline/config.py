@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 
 from objdyn.models.ddlp import DDLPConfig
+from objdyn.models.ed_lstm import EDLSTMConfig
 from objdyn.models.iodine import IODINEConfig
 from objdyn.models.provide import PROVIDEConfig
+from objdyn.models.ssm import SSMConfig
 
 if TYPE_CHECKING:
     from objdyn.datasets.preprocessing import Preprocessing
 
-ModelConfig = DDLPConfig | IODINEConfig | PROVIDEConfig
+ModelConfig = DDLPConfig | IODINEConfig | PROVIDEConfig | SSMConfig | EDLSTMConfig
 
 
 @dataclass(frozen=True)
@@ -369,9 +371,11 @@ class ExtractRun:
     set: tuple[str, ...] = ()
     """Model settings to change, as ``model.num_slots=9 model.num_refinements=8``; the weights must fit."""
     context: int | None = None
-    """Frames to see before predicting; goes with horizon."""
+    """Frames to see before predicting or interpolating; goes with horizon, or closing, or both."""
     horizon: int | None = None
     """Frames to predict after the context; they may reach beyond the clip, where errors are null."""
+    closing: int | None = None
+    """Frames at the end of each clip to see as well: those between the context and them are interpolated (ssm)."""
     limit: int | None = None
     """Only the first clips of the split, so many; None takes all."""
     batch_size: int = 4
@@ -397,17 +401,29 @@ class ExtractRun:
         return tuple(name for name in ("mask_summary", "masks", "components", "state") if getattr(self, name))
 
     def __post_init__(self) -> None:
-        if (self.context is None) != (self.horizon is None):
-            given, missing = ("context", "horizon") if self.horizon is None else ("horizon", "context")
+        given = [name for name in ("horizon", "closing") if getattr(self, name) is not None]
+        if (self.context is None) == bool(given):
+            one, other = ("context", "horizon") if not given else (given[0], "context")
             raise ValueError(
-                f"{given} was given without {missing}; give both to predict (see context frames, then predict horizon "
-                "frames), or neither to only encode"
+                f"{one} was given without {other}; give both to {'interpolate' if one == 'closing' else 'predict'} "
+                "(context and horizon: see the first frames, predict those that follow; context and closing: see the "
+                "first and the last frames, interpolate those between), or none of them to only encode"
             )
         _check_model_words(self.set)
-        for name in ("context", "horizon", "limit", "batch_size", "workers"):
+        for name in ("context", "horizon", "closing", "limit", "batch_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class InterpolateRun(ExtractRun):
+    """An extraction that fills a gap in every clip; the defaults are the state-space paper's, for 30 frames."""
+
+    context: int = 5
+    """Frames to see at the beginning of each clip."""
+    closing: int = 5
+    """Frames to see at its end; those between are interpolated."""
 
 
 @dataclass(frozen=True)
@@ -723,8 +739,8 @@ class BenchmarkRun:
     out: str = ""
     """File or s3:// URL that gets the numbers as JSON; empty only prints them."""
     parts: tuple[BenchmarkPart, ...] = ()
-    """What to measure; none given measures everything. ``reference``, the comparison with the authors' code in fixed
-    settings, is of iodine and provide alone."""
+    """What to measure; none given measures everything. ``reference``, the comparison in fixed settings with the
+    authors' code (iodine, provide) or the textbook's (ssm), is of these families alone."""
     pairs: int = 5
     """Alternating pairs of a stage and the same work bare, and repetitions of the rest; the median is reported."""
     steps: int = 3

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from objdyn.clips import Clip, collate, stack_truth, to_frames, to_model_input
-from objdyn.families import FAMILIES, Family
+from objdyn.families import FAMILIES, Family, describe
 from objdyn.metrics import position
 from objdyn.metrics.image import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
 from pipeline import segments, store
@@ -127,7 +127,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     device = torch_device(run.device)
     source = open_source(data, run.split)
     loaded, changed = open_model(run, checkpoint, device)
-    family = FAMILIES[loaded.family]
+    family = describe(loaded.config)
     reasons: dict[str, str] = {}
     horizon = _horizon(run, source, family, loaded.family, reasons)
     background = _background(data, source, reasons)

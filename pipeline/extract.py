@@ -1,13 +1,18 @@
 """Checkpoint and shards in, tables of latents out: Ray Data schedules, one model per worker, one part per shard.
 
-    OUT/settings.json            model and its changed settings, dataset, split, context, horizon, extras: created
-                                 first, never changed
+    OUT/settings.json            model and its changed settings, dataset, split, context, horizon, closing, extras:
+                                 created first, never changed
     OUT/objects/<shard>.parquet  OUT/frames/<shard>.parquet
     OUT/parts/<shard>.json       rows and SHA-256 of both; written after them, and with it the part is done
     OUT/manifest.json            settings and all parts; written when the set is complete
 
 Every file is published atomically under a name that follows from its shard. So whatever is killed, and whenever, the
 next run with the same settings redoes the parts that are not done, under the same names, and no row comes twice.
+
+Rows are of three kinds. ``posterior`` are all frames of a clip, each looked at. ``predicted`` are the frames that
+follow the first ``context`` ones. ``interpolated`` are the frames between the first ``context`` and the last
+``closing`` ones, given these alone. A frame that a prediction or an interpolation did look at has no row of that kind,
+so that whatever is predicted or interpolated was not seen; the row of a seen frame is its ``posterior`` one.
 
 Of a family whose object k is not the same thing in all frames, objects/ has a column ``track`` beside its latents. The
 flags of a run add more columns ("extras"):
@@ -33,9 +38,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from objdyn.clips import Clip, collate, stack_truth, to_model_input
-from objdyn.families import FAMILIES, Family
+from objdyn.families import FAMILIES, Family, describe
 from objdyn.interface import Scene, VideoModel
 from objdyn.metrics.image import frame_mse
 from objdyn.metrics.segmentation import match_tracks, segment
@@ -47,7 +53,7 @@ from pipeline.tables import Block, Provenance
 
 DEATHS_PER_PART = 2
 PROGRESS_SECONDS = 10.0
-LATER_SETTINGS: dict[str, Any] = {"extras": [], "model_settings_changed": {}}
+LATER_SETTINGS: dict[str, Any] = {"extras": [], "model_settings_changed": {}, "closing": None}
 """Settings that folders of earlier versions do not have, with what they are there."""
 
 
@@ -80,6 +86,7 @@ class Job:
             "object_is_track": self.provenance.object_is_track,
             "context": self.provenance.context,
             "horizon": self.provenance.horizon,
+            "closing": self.provenance.closing,
             "limit": self.limit,
             "extras": list(self.extras),
             "model_settings_changed": recorded_model_settings(self.overrides),
@@ -122,16 +129,18 @@ def clip_blocks(
     *,
     context: int | None = None,
     horizon: int | None = None,
+    closing: int | None = None,
     device: str | torch.device = "cpu",
     extras: Sequence[str] = (),
 ) -> list[Block]:
-    """Encode clips of one length; with ``context`` and ``horizon`` also predict the frames after the context.
+    """Encode clips of one length; with ``context`` also predict the frames after it, or fill the gap after it.
 
-    Gives one ``posterior`` block per clip, and one ``predicted`` block of frames ``context .. context + horizon - 1``.
-    ``extras`` names optional columns (see the top of the file). Tracks of predicted frames go on from the context.
+    Gives one ``posterior`` block per clip; with ``horizon`` one ``predicted`` block of frames ``context .. context +
+    horizon - 1``; with ``closing`` one ``interpolated`` block of frames ``context .. t - closing - 1``. ``extras``
+    names optional columns (see the top of the file). Tracks of frames that were not seen go on from the context.
 
     Raises:
-        ValueError: a clip lacks the truth that the family takes as input, or the model renders no masks where the
+        ValueError: a clip lacks the truth that the model takes as input, or the model renders no masks where the
             columns need them.
     """
     video = to_model_input(collate(clips), device)
@@ -142,21 +151,20 @@ def clip_blocks(
         recon_mse = frame_mse(scene.video, video).cpu().numpy()
         dense = _dense(family, latents, scene, extras)
         blocks = _to_blocks(clips, dense, "posterior", 0, {"recon_mse": recon_mse})
-        if context is None or horizon is None:
-            return blocks
-        # Only a causal family's latents of the first frames are free of what comes later.
-        seen = segments.cut(latents, 0, context) if family.causal else model.encode(video[:, :context], **inputs)
-        future = model.rollout(seen, horizon)
-        truth = video[:, context : context + horizon]
-        known, scene, before = truth.shape[1], None, None
-        if _needs_masks(family, extras):
-            scene = model.decode(future, components=True)
-            before = None if family.tracked else model.decode(seen, components=True)
-        elif known:
-            scene = model.decode(segments.cut(future, 0, known))
-        errors = {"predict_mse": frame_mse(scene.video[:, :known], truth).cpu().numpy()} if scene and known else {}
-        dense = _dense(family, future, scene, extras, before)
-        return blocks + _to_blocks(clips, dense, "predicted", context, errors)
+        if context is not None and horizon is not None:
+            # Only a causal family's latents of the first frames are free of what comes later.
+            seen = segments.cut(latents, 0, context) if family.causal else model.encode(video[:, :context], **inputs)
+            future = model.rollout(seen, horizon)
+            blocks += _unseen_blocks(model, family, clips, video, "predicted", seen, future, extras)
+        if context is not None and closing is not None:
+            gap = slice(context, video.shape[1] - closing)
+            flags = torch.ones(video.shape[1], dtype=torch.bool)
+            flags[gap] = False
+            filler: Any = model  # a fifth verb, which the protocol of all families does not have
+            filled = filler.interpolate(video, flags, **inputs)
+            seen, between = segments.cut(filled, 0, context), segments.cut(filled, gap.start, gap.stop)
+            blocks += _unseen_blocks(model, family, clips, video, "interpolated", seen, between, extras)
+        return blocks
 
 
 def extract_part(model: VideoModel[Any], family: Family, source: Source, job: Job, part: Part) -> None:
@@ -172,6 +180,7 @@ def extract_part(model: VideoModel[Any], family: Family, source: Source, job: Jo
             clips,
             context=job.provenance.context,
             horizon=job.provenance.horizon,
+            closing=job.provenance.closing,
             device=job.device,
             extras=job.extras,
         )
@@ -224,7 +233,7 @@ class Extractor:
                 raise ValueError(
                     f"the {what} changed from {planned} to {found} while the extraction ran; start it again"
                 )
-        return loaded.model, FAMILIES[loaded.family], source
+        return loaded.model, describe(loaded.config), source
 
 
 def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
@@ -235,14 +244,25 @@ def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
     overrides = parse_model_settings(run.set, weights.config)
     loaded = load_model(weights.path, overrides=overrides)
     source = open_source(data, run.split)
-    family = FAMILIES[loaded.family]
-    if run.context is not None and "rollout" not in family.verbs:
+    family = describe(loaded.config)
+    if run.horizon is not None and "rollout" not in family.verbs:
         raise ValueError(f"a {loaded.family} model cannot predict; leave out --context and --horizon")
+    if run.closing is not None and "interpolate" not in family.verbs:
+        able = ", ".join(name for name, each in FAMILIES.items() if "interpolate" in each.verbs)
+        raise ValueError(
+            f"a {loaded.family} model cannot interpolate; give the checkpoint of a model that can ({able}), or leave "
+            "out --closing"
+        )
     if run.state and not family.state_columns:
         raise ValueError(f"a {loaded.family} model carries no recurrent state; leave out --state")
     if run.context is not None and run.context > source.num_frames:
         raise ValueError(
             f"--context {run.context} asks for more frames than a clip of {data} has ({source.num_frames}); lower it"
+        )
+    if run.context is not None and run.closing is not None and run.context + run.closing >= source.num_frames:
+        raise ValueError(
+            f"--context {run.context} and --closing {run.closing} leave nothing to interpolate in a clip of {data}, "
+            f"which has {source.num_frames} frames; lower them"
         )
     parts, left = [], sum(source.shard_sizes) if run.limit is None else run.limit
     for shard, (name, size) in enumerate(zip(source.shard_names, source.shard_sizes, strict=True)):
@@ -259,6 +279,7 @@ def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
         object_is_track=family.tracked,
         context=run.context,
         horizon=run.horizon,
+        closing=run.closing,
     )
     job = Job(weights.path, data, out, run.limit, run.batch_size, run.device, provenance, run.extras, overrides)
     return job, parts
@@ -377,6 +398,29 @@ def _finish(job: Job, parts: list[Part]) -> str:
     if not_finite := sum(record["clips_not_finite"] for record in records):
         line += f"\nwarning: {not_finite} clips have latents that are not finite (NaN or infinite in the tables)"
     return line
+
+
+def _unseen_blocks(
+    model: VideoModel[Any],
+    family: Family,
+    clips: Sequence[Clip],
+    video: Tensor,
+    kind: str,
+    seen: Any,
+    unseen: Any,
+    extras: Sequence[str],
+) -> list[Block]:
+    """Blocks of frames that were not looked at; ``seen`` are the latents of those before, from the first one on."""
+    context, count = seen[0].shape[1], unseen[0].shape[1]
+    truth = video[:, context : context + count]
+    known, scene, before = truth.shape[1], None, None
+    if _needs_masks(family, extras):
+        scene = model.decode(unseen, components=True)
+        before = None if family.tracked else model.decode(seen, components=True)
+    elif known:
+        scene = model.decode(segments.cut(unseen, 0, known))
+    errors = {"predict_mse": frame_mse(scene.video[:, :known], truth).cpu().numpy()} if scene and known else {}
+    return _to_blocks(clips, _dense(family, unseen, scene, extras, before), kind, context, errors)
 
 
 def _needs_masks(family: Family, extras: Sequence[str]) -> bool:

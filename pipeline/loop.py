@@ -319,7 +319,7 @@ class _Training:
     def _open_stage(self) -> None:
         self.stage = self.run.parsed_stages[self.clock.number - 1]
         run = self.part = self.run.stage(self.clock.number - 1)
-        self.family = families.FAMILIES[families.family_of(run.model)]
+        self.family = families.describe(run.model)
         self.source = open_source(run.data, "train", loader=run.loader)
         self.held_out = open_source(run.data, "val", loader=run.loader) if has_split(run.data, "val") else None
 
@@ -412,7 +412,7 @@ def evaluate(
     Where the clips have a true segmentation, also ``fg_ari``: foreground ARI per frame of the reconstruction's masks.
     Each worker takes every ``world``-th of the first ``run.eval_clips`` clips; the means are over all of them.
     """
-    family = families.FAMILIES[families.family_of(run.model)]
+    family = families.describe(run.model)
     context = run.clip_frames - 1 if run.clip_frames > 1 else 1
     horizon = min(EVAL_HORIZON, source.num_frames - context) if "rollout" in family.verbs else 0
     names = ["loss", "recon_psnr", "fg_ari"]
@@ -804,7 +804,7 @@ def _terms_of_one_clip(run: TrainRun) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         model = families.build(run.model)
     _parameter_groups(model, run)
-    names = families.FAMILIES[families.family_of(run.model)].inputs
+    names = families.describe(run.model).inputs
     terms: dict[str, Tensor] = {}
     for split in ("train", "val"):
         if split == "val" and not has_split(run.data, split):

@@ -9,8 +9,10 @@ implemented yet: those presets carry its KL weight and are for building the publ
 from dataclasses import replace
 
 from objdyn.models.ddlp import DDLPConfig
+from objdyn.models.ed_lstm import EDLSTMConfig
 from objdyn.models.iodine import IODINEConfig
 from objdyn.models.provide import PROVIDEConfig
+from objdyn.models.ssm import SSMConfig
 from pipeline.config import OptimConfig, TrainRun
 
 
@@ -295,6 +297,81 @@ _PROVIDE_DEBUG = replace(
     clip_frames=5,
 )
 
+# State-space models. The paper gives optimiser, batch, iterations and the length of the frozen phase; how the KL weight
+# then falls is ours, as is the bound of the gradient's norm.
+_CANNONBALLS = "sim:cannonballs:balls={balls},size={size},frames=30"
+_BALLISTIC_OPTIM = OptimConfig(lr=1e-3, eps=1e-8, clip_norm=10.0, batch_size=20)
+
+
+def _ballistic(model: SSMConfig | EDLSTMConfig) -> TrainRun:
+    return TrainRun(
+        model=model,
+        data=_CANNONBALLS.format(balls="1-3", size=model.image_size),
+        steps=200_000,
+        clip_frames=30,
+        optim=_BALLISTIC_OPTIM,
+        log_every=50,
+        eval_every=2_000,
+        eval_clips=60,
+        checkpoint_every=2_000,
+    )
+
+
+_SSM_DEBUG = TrainRun(
+    model=SSMConfig(image_size=32, threshold=0.5, inference_dim=16, renderer_dim=64, frozen_steps=5, anneal_steps=10),
+    data=_CANNONBALLS.format(balls="1-3", size=32),
+    steps=20,
+    clip_frames=8,
+    optim=OptimConfig(lr=1e-3, eps=1e-8, slow="prior.", slow_factor=3.0, clip_norm=10.0, batch_size=4),
+    log_every=5,
+    eval_every=10,
+    eval_clips=2,
+    checkpoint_every=10,
+)
+# A few minutes on one core: narrower states, first positions and velocities from a wide prior, noise of states that is
+# not learned (and is less while the dynamics are frozen), one ball first, then two, then three. The dynamics learn
+# three times as fast as the rest, but not at once: Adam, which has seen nothing but zeros of them, begins with steps of
+# six times their rate.
+_SSM_SMALL = replace(
+    _ballistic(
+        SSMConfig(
+            image_size=32,
+            inference_dim=128,
+            renderer_dim=128,
+            initial_var=100.0,
+            diagonal_noise=True,
+            learn_transition_cov=False,
+            frozen_steps=2_000,
+            initial_kl_weight=10.0,
+            anneal_steps=5_000,
+        )
+    ),
+    steps=20_000,
+    stages=(
+        f"steps=2000 data={_CANNONBALLS.format(balls=1, size=32)} model.transition_var=1e-4",
+        f"steps=500 data={_CANNONBALLS.format(balls=1, size=32)} optim.slow_factor=1",
+        f"steps=5500 data={_CANNONBALLS.format(balls='1-2', size=32)}",
+        "",
+    ),
+    optim=replace(_BALLISTIC_OPTIM, slow="prior.", slow_factor=3.0, anneal_steps=12_000),
+    eval_every=1_000,
+    eval_clips=30,
+    checkpoint_every=1_000,
+)
+_ED_LSTM_DEBUG = replace(
+    _SSM_DEBUG,
+    model=EDLSTMConfig(image_size=32, threshold=0.5, state_dim=64, widths=(16,)),
+    optim=replace(_SSM_DEBUG.optim, slow="", slow_factor=1.0),
+)
+_ED_LSTM_SMALL = replace(
+    _ballistic(EDLSTMConfig(image_size=32, state_dim=256, widths=(256,))),
+    steps=20_000,
+    optim=replace(_BALLISTIC_OPTIM, anneal_steps=12_000),
+    eval_every=1_000,
+    eval_clips=30,
+    checkpoint_every=1_000,
+)
+
 PRESETS: dict[str, dict[str, TrainRun]] = {
     "ddlp": {
         "debug": _DEBUG,
@@ -367,6 +444,19 @@ PRESETS: dict[str, dict[str, TrainRun]] = {
         "clevrer-ablation-conditional": _slots(_PROVIDE_CLEVRER, clip_frames=4, stages=_TO_20),
         "clevrer-ablation-conditional-40": _slots(_PROVIDE_CLEVRER, clip_frames=4, stages=_LENGTHS),
     },
+    "ssm": {
+        "debug": _SSM_DEBUG,
+        "small": _SSM_SMALL,
+        "cannonballs": _ballistic(SSMConfig()),
+        "cannonballs-32": _ballistic(SSMConfig(image_size=32)),
+    },
+    "ed_lstm": {
+        "debug": _ED_LSTM_DEBUG,
+        "small": _ED_LSTM_SMALL,
+        "cannonballs": _ballistic(EDLSTMConfig()),
+        "cannonballs-32": _ballistic(EDLSTMConfig(image_size=32)),
+        "cannonballs-convolutional": _ballistic(EDLSTMConfig(channels=(32, 64, 64))),
+    },
 }
 
 ABOUT: dict[str, dict[str, str]] = {
@@ -413,6 +503,19 @@ ABOUT: dict[str, dict[str, str]] = {
         "clevrer-ablation-base": "CLEVRER (the later table 3): without grid, conditional prior and generation",
         "clevrer-ablation-conditional": "CLEVRER: with the grid, conditional prior and generation",
         "clevrer-ablation-conditional-40": "CLEVRER: the same on clips up to 40 frames; equal to clevrer",
+    },
+    "ssm": {
+        "debug": "tiny state-space model for tests; seconds",
+        "small": "state-space model on 32-pixel cannonballs, curriculum from one to three; minutes on one core",
+        "cannonballs": "one to three cannonballs at 48 pixels as in the paper, 2e5 steps",
+        "cannonballs-32": "the same at 32 pixels",
+    },
+    "ed_lstm": {
+        "debug": "tiny ED-LSTM for tests; seconds",
+        "small": "ED-LSTM on 32-pixel cannonballs; minutes on one core",
+        "cannonballs": "the paper's baseline at 48 pixels, fully connected, 2e5 steps",
+        "cannonballs-32": "the same at 32 pixels",
+        "cannonballs-convolutional": "the same at 48 pixels with convolutions",
     },
 }
 """One line for each preset's help."""

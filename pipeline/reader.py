@@ -17,7 +17,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -46,7 +46,7 @@ class Shard(Protocol):
         """Key of clip ``i``."""
         ...
 
-    def clip(self, i: int, start: int = 0, length: int | None = None, truth: Sequence[str] | None = None) -> Clip:
+    def clip(self, i: int, start: int = 0, length: int | None = None, truth: Collection[str] | None = None) -> Clip:
         """Clip ``i``, or ``length`` frames of it from ``start``; ``truth`` names the truth to decode (None: all)."""
         ...
 
@@ -161,7 +161,7 @@ class TrainingReader:
         micro_batch_size: clips per forward pass on one worker.
         seed: seed of the order and of the windows.
         loader: window, prefetch and cache.
-        inputs: names of the truth to deliver beside the frames.
+        inputs: names of the truth to deliver beside the frames, as ``clips.stack_truth`` takes them.
         rank: this worker.
         world: number of workers.
 
@@ -178,7 +178,7 @@ class TrainingReader:
         micro_batch_size: int,
         seed: int,
         loader: LoaderConfig,
-        inputs: Sequence[str] = (),
+        inputs: Sequence[str] | Mapping[str, str] = (),
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -203,7 +203,7 @@ class TrainingReader:
         self._micro = micro_batch_size
         self._seed = seed
         self._loader = loader
-        self._inputs = tuple(inputs)
+        self._inputs = inputs
         self._rank = rank
         self._world = world
 
@@ -259,7 +259,7 @@ class TrainingReader:
 
 
 def iter_clips(
-    source: Source, limit: int | None = None, length: int | None = None, truth: Sequence[str] | None = None
+    source: Source, limit: int | None = None, length: int | None = None, truth: Collection[str] | None = None
 ) -> Iterator[Clip]:
     """Yield a split's clips in the manifest's order, whole or their first ``length`` frames: for evaluation.
 
@@ -388,7 +388,7 @@ class _SimShard:
     def key(self, i: int) -> str:
         return self._episodes[i].key
 
-    def clip(self, i: int, start: int = 0, length: int | None = None, truth: Sequence[str] | None = None) -> Clip:
+    def clip(self, i: int, start: int = 0, length: int | None = None, truth: Collection[str] | None = None) -> Clip:
         clip = self._episodes[i].clip(start, length)
         if truth is None:
             return clip
@@ -527,7 +527,7 @@ class _FolderShard:
     def key(self, i: int) -> str:
         return self._keys[i]
 
-    def clip(self, i: int, start: int = 0, length: int | None = None, truth: Sequence[str] | None = None) -> Clip:
+    def clip(self, i: int, start: int = 0, length: int | None = None, truth: Collection[str] | None = None) -> Clip:
         members = {
             name: self._data[offset : offset + size]
             for name, (offset, size) in self._members[i].items()

@@ -39,7 +39,8 @@ FRAME_KEY = ("clip", "kind", "context", "edit", "sample", "frame")
 OBJECT_KEY = (*FRAME_KEY, "object")
 _IDS = (*OBJECT_KEY, "source_frame")
 ERRORS = ("recon_mse", "predict_mse")
-"""Mean squared error of a frame over pixels and channels, in [0, 1] units; null where there is no true frame."""
+"""Mean squared error of a frame over pixels and channels, in [0, 1] units; null where there is no true frame. The first
+is of frames that the model saw, the second of those that it did not: predicted or interpolated."""
 COMPONENTS = {("position", 2): ("y", "x"), ("scale", 2): ("y", "x")}
 """Fields whose last axis has names: they become one column per name, other vectors become one list column."""
 
@@ -64,9 +65,11 @@ class Provenance:
     object_is_track: bool
     """Whether object k is the same thing in every frame of a clip."""
     context: int | None = None
-    """Frames seen before ``predicted`` rows; None when nothing was predicted."""
+    """Frames seen before ``predicted`` and ``interpolated`` rows; None when there are neither."""
     horizon: int | None = None
-    """Frames predicted after them."""
+    """Frames predicted after them; None when nothing was predicted."""
+    closing: int | None = None
+    """Frames seen at the end of a clip when those between were interpolated; None when none were."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class ClipLatents(NamedTuple):
     clip: str
     kind: str
     context: int
-    """Frames seen before ``predicted`` ones; 0 for ``posterior``."""
+    """Frames seen before ``predicted`` or ``interpolated`` ones; 0 for ``posterior``."""
     edit: str
     sample: int
     frame: np.ndarray
@@ -292,7 +295,7 @@ def provenance_of(schema: pa.Schema, path: str = "this table") -> tuple[Table, P
     description = json.loads(text)
     if description["schema"] != SCHEMA_VERSION:
         raise ValueError(f"{path} has table schema {description['schema']}, this version reads {SCHEMA_VERSION}")
-    names = [f.name for f in dataclasses.fields(Provenance)]
+    names = [f.name for f in dataclasses.fields(Provenance) if f.name in description]  # an earlier version has fewer
     return description["table"], Provenance(**{name: description[name] for name in names})
 
 
@@ -670,8 +673,12 @@ def _require_one_part(folder: str, clip: str, part: str, part_of: dict[str, str]
 
 
 def _no_such_kind(folder: str, kind: str, kinds: set[str]) -> ValueError:
-    remedy = "; jobs/extract.py predicts with --context and --horizon" if kind == "predicted" else ""
-    return ValueError(f"{folder} has no rows of kind {kind!r}, only of {', '.join(sorted(kinds))}{remedy}")
+    remedies = {
+        "predicted": "; jobs/extract.py predicts with --context and --horizon",
+        "interpolated": "; jobs/extract.py interpolates with --context and --closing",
+    }
+    only = ", ".join(sorted(kinds))
+    return ValueError(f"{folder} has no rows of kind {kind!r}, only of {only}{remedies.get(kind, '')}")
 
 
 def _fields(names: Sequence[str]) -> Fields:

@@ -282,6 +282,26 @@ def repeat(call: Callable[[], object], times: int, device: torch.device, seconds
     return measured
 
 
+def alternate(
+    label: str, pairs: int, stage: Callable[[], Result], bare: Callable[[], Result]
+) -> list[tuple[Result, Result]]:
+    """Run both sides one right after the other, ``pairs`` times, and swap the order each time."""
+    results: list[tuple[Result, Result]] = []
+    for number in range(pairs):
+        say(f"{label}: pair {number + 1} of {pairs}")
+        if number % 2 == 0:
+            b, a = bare(), stage()
+        else:
+            a, b = stage(), bare()
+        results.append((a, b))
+    return results
+
+
+def say(text: str) -> None:
+    """Tell how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def new_processes(number: int, niceness: int = 0) -> ProcessPoolExecutor:
     """A pool of fresh processes, of lower priority by ``niceness``."""
     return ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(niceness,))

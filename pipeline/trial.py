@@ -270,17 +270,17 @@ def train_steps(run: TrainRun) -> Iterator[dict[str, Any]]:
 
 
 def _training_clips(run: TrainRun, count: int, device: Any) -> tuple[Any, dict[str, Any]]:
-    """Input of the model: noise of its size, or clips of the data where its family takes more than frames."""
+    """Input of the model: black and white noise, or clips of the data where it takes more than frames."""
     import torch
 
     from objdyn import clips, families
     from pipeline.reader import iter_clips, open_source
 
-    names = families.FAMILIES[families.family_of(run.model)].inputs
+    names = families.describe(run.model).inputs
     side = getattr(run.model, "image_size", None)
     if not names and side is not None:
-        frames = torch.randint(0, 256, (count, run.clip_frames, 3, side, side), dtype=torch.uint8)
-        return clips.to_model_input(frames, device), {}
+        grey = 255 * torch.randint(0, 2, (count, run.clip_frames, 1, side, side), dtype=torch.uint8)
+        return clips.to_model_input(grey.expand(-1, -1, 3, -1, -1), device), {}
     if not run.data:
         raise ValueError(f"the model takes {', '.join(names)} with its frames; give --data, a dataset that holds them")
     source = open_source(run.data, "train", loader=run.loader)

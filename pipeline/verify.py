@@ -902,7 +902,7 @@ def _check_keys(rows: pa.Table, table: tables.Table) -> None:
 
 
 def _check_frames(frames: pa.Table, settings: Mapping[str, Any]) -> None:
-    """Compare the frames of each clip with the settings: encoded from first to last, predicted over the horizon.
+    """Compare the frames of each clip with the settings: encoded from first to last, predicted, interpolated.
 
     Raises:
         FaultError: there are more or fewer.
@@ -911,19 +911,22 @@ def _check_frames(frames: pa.Table, settings: Mapping[str, Any]) -> None:
     frame = columns.pop("frame")
     _, same = _compare(list(columns.values()))
     kinds = np.array(frames["kind"].to_pylist())
-    if (gaps := np.flatnonzero(same & (np.diff(frame) != 1) & (kinds[1:] != "interpolated"))).size:
+    if (gaps := np.flatnonzero(same & (np.diff(frame) != 1))).size:
         raise FaultError(f"a frame is missing before {_key(frames, tables.FRAME_KEY, int(gaps[0]) + 1)}; {REPEAT}")
     starts = np.flatnonzero(np.concatenate([[True], ~same]))
     lengths = np.diff(np.append(starts, len(frame)))
     spans = np.stack([columns["context"][starts], frame[starts], lengths], axis=1)
-    context, horizon = settings.get("context"), settings.get("horizon")
-    for kind in sorted({"posterior", *kinds.tolist()} | ({"predicted"} if context is not None else set())):
+    context, horizon, closing = (settings.get(name) for name in ("context", "horizon", "closing"))
+    length = int(lengths[kinds[starts] == "posterior"].max(initial=0))
+    gap = None if context is None or closing is None else length - context - closing
+    asked = {"predicted": horizon, "interpolated": gap}
+    for kind in sorted({"posterior", *kinds.tolist(), *(kind for kind in asked if asked[kind] is not None)}):
         chosen = kinds[starts] == kind
         found = np.unique(spans[chosen], axis=0).tolist()
         wanted = {
-            "posterior": [[0, 0, found[0][2] if found else 0]],
-            "predicted": [] if context is None else [[context, context, horizon]],
-            "interpolated": found,
+            "posterior": [[0, 0, length]],
+            "predicted": [] if horizon is None else [[context, context, horizon]],
+            "interpolated": [] if gap is None else [[context, context, gap]],
         }
         if found != wanted.get(kind):
             rows = f"{kind} rows with [context, first frame, frames] {_shorten(found)}"

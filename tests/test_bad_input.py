@@ -34,6 +34,10 @@ RUN = with_overrides(
     {"steps": 2, "checkpoint_every": 1, "eval_every": 0, "optim.batch_size": 2, "threads": 1, "device": "cpu"},
 )
 
+BALLISTIC = with_overrides(
+    PRESETS["ssm"]["debug"], {"steps": 1, "checkpoint_every": 1, "eval_every": 0, "threads": 1, "device": "cpu"}
+)
+
 
 class World(NamedTuple):
     """Folders that the command lines name as {videos}, {data}, ..."""
@@ -52,6 +56,8 @@ class World(NamedTuple):
     run: Path
     other_run: Path
     """The same with another seed."""
+    ballistic: Path
+    """A run of the state-space model on frames of 32 pixels."""
     tables: Path
     tmp: Path
 
@@ -93,6 +99,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, without_ray: None) -> World:
         shard(ShardRun(source=str(folders.videos), out=str(out), split=split, frames=frames, size=size, workers=2))
     for out, seed in ((folders.run, 0), (folders.other_run, 1)):
         loop.train(loop.open_run(dataclasses.replace(RUN, data=str(folders.data), out=str(out), seed=seed)))
+    loop.train(loop.open_run(dataclasses.replace(BALLISTIC, out=str(folders.ballistic))))
     extract(ExtractRun(str(folders.run), str(folders.data), str(folders.tables), batch_size=2, device="cpu"))
     break_copies(folders.run, folders.tmp)
     return folders
@@ -194,7 +201,20 @@ FAILURES = {
         ["{run}", "of family ddlp", "provide or iodine"],
     ),
     "unknown simulator": ("train_ddlp.py debug --data sim:moons --out {out}", ["'moons'", "sim:balls-interaction"]),
-    # extract.py
+    # train_ssm.py
+    "numbers of objects are missing": (
+        "train_ssm.py debug --data {small} --out {out} --clip-frames 6",
+        ["no truth 'num_objects'", "a dataset that has it", "model.known_count=false (--model.no-known-count)"],
+    ),
+    "more objects than the model has": (
+        "train_ssm.py debug --data sim:cannonballs:balls=4,size=32 --out {out}",
+        ["num_objects", "max_objects=3, got 4", "model.max_objects"],
+    ),
+    "frames that are not binary": (
+        "train_ssm.py debug --data {small} --out {out} --clip-frames 6 --model.no-known-count --model.threshold None",
+        ["must be binary", "model.threshold=0.5"],
+    ),
+    # extract.py, interpolate.py
     "checkpoint is missing": (
         "extract.py --checkpoint {tmp}/none --data {data} --out {out}",
         ["{tmp}/none", "give the --out"],
@@ -218,6 +238,18 @@ FAILURES = {
     "context longer than the clips": (
         "extract.py --checkpoint {run} --data {data} --out {out} --context 7 --horizon 1",
         ["--context 7", "(6)", "lower it"],
+    ),
+    "context longer than a simulator's clips": (
+        "extract.py --checkpoint {ballistic} --data sim:cannonballs:size=32 --out {out} --context 31 --horizon 1",
+        ["--context 31", "(30)", "lower it"],
+    ),
+    "nothing between the seen frames": (
+        "interpolate.py --checkpoint {ballistic} --data {data} --out {out} --context 4 --closing 2",
+        ["--context 4 and --closing 2", "nothing to interpolate", "6 frames", "lower them"],
+    ),
+    "a gap for a family that cannot fill it": (
+        "extract.py --checkpoint {run} --data {data} --out {out} --context 2 --closing 2",
+        ["a ddlp model cannot interpolate", "(ssm)", "leave out --closing"],
     ),
     "tables of another model there": (
         "extract.py --checkpoint {other_run} --data {data} --out {tables}",
@@ -285,6 +317,8 @@ def test_a_job_names_the_thing_and_the_remedy_in_one_line(
         ("train_ddlp.py smal", "choose from debug, quickstart, small"),
         ("train_ddlp.py debug --optim.lrr 1", "--optim.lr"),
         ("extract.py --checkpont r --data d --out o", "--checkpoint"),
+        ("extract.py --checkpoint r --data d --out o --closing 5", "closing was given without context; give both"),
+        ("interpolate.py --checkpoint r --data d --out o --closing 0", "closing must be at least 1"),
         ("verify.py", "required"),
         ("make_shards.py --source a --out b --size 1", "size must be at least 2"),
         ("evaluate.py --checkpoint a --data b --out c --limit 0", "limit must be at least 1"),

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from objdyn.clips import Clip
-from objdyn.simulators import balls, bouncing_balls
+from objdyn.simulators import balls, bouncing_balls, cannonballs
 
 
+@runtime_checkable
 class Episode(Protocol):
     """One simulated video; frames are drawn when asked for."""
 
@@ -39,23 +40,59 @@ class Simulator(NamedTuple):
     fps: float
     episodes: Callable[[str, int, int, int | None], Sequence[Episode]]
     """``(split, first, count, seed)``; seed ``None`` gives the published data, or takes the seed of the name."""
+    configure: "Callable[[str, int | None], Simulator] | None" = None
+    """``(options, seed)`` to the simulator with the options of a data string; None where it takes none."""
 
 
-def _bouncing_balls(options: bouncing_balls.Options) -> Simulator:
-    def episodes(split: str, first: int, count: int, seed: int | None) -> Sequence[Episode]:
-        chosen = options if seed is None else dataclasses.replace(options, seed=seed)
-        return bouncing_balls.episodes(chosen, split, first, count)
+@runtime_checkable
+class _Options(Protocol):
+    """A frozen dataclass of what may follow a simulator's name."""
 
-    return Simulator(
-        name=options.name,
-        episodes_per_split=bouncing_balls.EPISODES_PER_SPLIT,
-        num_frames=options.frames,
-        height=options.size,
-        width=options.size,
-        fps=bouncing_balls.FPS,
-        episodes=episodes,
-    )
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
+    @property
+    def name(self) -> str: ...
+    @property
+    def frames(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+
+_AnyOptions = TypeVar("_AnyOptions", bound=_Options)
+
+
+def _configurable(
+    parse: Callable[[str], _AnyOptions],
+    episodes: Callable[[_AnyOptions, str, int, int], Sequence[Episode]],
+    episodes_per_split: Callable[[_AnyOptions], dict[str, int]],
+    fps: float,
+) -> Callable[[str, int | None], Simulator]:
+    """What turns the text of options, and a seed that replaces one among them, into a simulator."""
+
+    def configure(text: str, seed: int | None = None) -> Simulator:
+        options = parse(text) if seed is None else dataclasses.replace(parse(text), seed=seed)
+
+        def draw(split: str, first: int, count: int, seed: int | None) -> Sequence[Episode]:
+            return episodes(options if seed is None else dataclasses.replace(options, seed=seed), split, first, count)
+
+        return Simulator(
+            name=options.name,
+            episodes_per_split=episodes_per_split(options),
+            num_frames=options.frames,
+            height=options.size,
+            width=options.size,
+            fps=fps,
+            episodes=draw,
+            configure=configure,
+        )
+
+    return configure
+
+
+_bouncing_balls = _configurable(
+    bouncing_balls.parse, bouncing_balls.episodes, lambda _: bouncing_balls.EPISODES_PER_SPLIT, bouncing_balls.FPS
+)
+_cannonballs = _configurable(cannonballs.parse, cannonballs.episodes, cannonballs.episodes_per_split, cannonballs.FPS)
 
 SIMULATORS = {
     "balls-interaction": Simulator(
@@ -67,7 +104,8 @@ SIMULATORS = {
         fps=balls.FPS,
         episodes=balls.episodes,
     ),
-    "bouncing-balls": _bouncing_balls(bouncing_balls.Options()),
+    "bouncing-balls": _bouncing_balls("", None),
+    "cannonballs": _cannonballs("", None),
 }
 """Simulators by name, with their default options; see :func:`simulator`."""
 
@@ -81,9 +119,9 @@ def simulator(spec: str, seed: int | None = None) -> Simulator:
     name, colon, options = spec.partition(":")
     if name not in SIMULATORS:
         raise ValueError(f"unknown simulator {name!r}; choose one of {', '.join('sim:' + s for s in SIMULATORS)}")
-    if name == "bouncing-balls":
-        chosen = bouncing_balls.parse(options)
-        return _bouncing_balls(chosen if seed is None else dataclasses.replace(chosen, seed=seed))
+    found = SIMULATORS[name]
+    if found.configure is not None:
+        return found.configure(options, seed)
     if colon:
         raise ValueError(f"simulator {name} takes no options, got {options!r}; write sim:{name}")
-    return SIMULATORS[name]
+    return found

@@ -30,16 +30,15 @@ Inside this module positions and velocities are (x, y) in box units and box unit
 follow the project's convention, see :func:`to_coordinates`.
 """
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
 from objdyn.clips import Clip
+from objdyn.simulators.options import Option, decimal, read_options, show_range, whole, whole_range
 
 BOX = 10.0
 """Side of the box."""
@@ -94,7 +93,7 @@ class Options:
     def __post_init__(self) -> None:
         low, high = self.balls
         if not 1 <= low <= high <= MAX_BALLS:
-            raise ValueError(f"balls must be N or A-B with 1 <= A <= B <= {MAX_BALLS}, got {_range(self.balls)}")
+            raise ValueError(f"balls must be N or A-B with 1 <= A <= B <= {MAX_BALLS}, got {show_range(self.balls)}")
         if not 8 <= self.size <= 1024:
             raise ValueError(f"size must be 8 to 1024 pixels, got {self.size}")
         if self.colors not in COLORS:
@@ -115,7 +114,7 @@ class Options:
         """The simulator with all options in a fixed order, so that equal data have one name."""
         radius = "rnem" if self.radius is None else f"{self.radius[0]:g}-{self.radius[1]:g}"
         return (
-            f"bouncing-balls:balls={_range(self.balls)},size={self.size},colors={self.colors},frames={self.frames},"
+            f"bouncing-balls:balls={show_range(self.balls)},size={self.size},colors={self.colors},frames={self.frames},"
             f"radius={radius},seed={self.seed}"
         )
 
@@ -126,62 +125,24 @@ def parse(text: str) -> Options:
     Raises:
         ValueError: a key is unknown or comes twice, or a value is impossible; the message lists what there is.
     """
-    values: dict[str, Any] = {}
-    for part in text.split(",") if text else ():
-        key, equals, value = part.partition("=")
-        if key not in _READERS or not equals:
-            raise ValueError(
-                f"bouncing-balls has no option {part!r}; write KEY=VALUE,KEY=VALUE with {', '.join(_WANTED.values())}"
-            )
-        if key in values:
-            raise ValueError(f"option {key} of bouncing-balls is given twice; keep one")
-        try:
-            values[key] = _READERS[key](value)
-        except ValueError:
-            raise ValueError(f"bouncing-balls wants {_WANTED[key]}, got {part!r}") from None
-    return Options(**values)
-
-
-def _whole(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,19}", text):
-        raise ValueError
-    return int(text)
-
-
-def _numbers(text: str) -> tuple[int, int]:
-    low, dash, high = text.partition("-")
-    return _whole(low), _whole(high) if dash else _whole(low)
+    return Options(**read_options("bouncing-balls", text, _OPTIONS))
 
 
 def _lengths(text: str) -> tuple[float, float] | None:
     if text == "rnem":
         return None
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?-[0-9]+(\.[0-9]+)?", text):
-        raise ValueError
-    low, high = map(float, text.split("-"))
-    return low, high
+    low, _, high = text.partition("-")
+    return decimal(low), decimal(high)
 
 
-_READERS: dict[str, Callable[[str], Any]] = {
-    "balls": _numbers,
-    "size": _whole,
-    "colors": str,
-    "frames": _whole,
-    "radius": _lengths,
-    "seed": _whole,
+_OPTIONS = {
+    "balls": Option(whole_range, "balls=N or balls=A-B"),
+    "size": Option(whole, "size=PIXELS"),
+    "colors": Option(str, f"colors={'|'.join(COLORS)}"),
+    "frames": Option(whole, "frames=N"),
+    "radius": Option(_lengths, "radius=rnem or radius=LOW-HIGH"),
+    "seed": Option(whole, "seed=N"),
 }
-_WANTED = {
-    "balls": "balls=N or balls=A-B",
-    "size": "size=PIXELS",
-    "colors": f"colors={'|'.join(COLORS)}",
-    "frames": "frames=N",
-    "radius": "radius=rnem or radius=LOW-HIGH",
-    "seed": "seed=N",
-}
-
-
-def _range(numbers: tuple[int, int]) -> str:
-    return str(numbers[0]) if numbers[0] == numbers[1] else f"{numbers[0]}-{numbers[1]}"
 
 
 class Start(NamedTuple):

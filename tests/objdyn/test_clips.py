@@ -50,6 +50,8 @@ def full_truth() -> dict[str, np.ndarray]:
     return {
         "segmentation": rng.integers(0, 3, (5, 8, 6), dtype=np.uint8),
         "positions": rng.uniform(-1, 1, (5, 2, 2)).astype(np.float32),
+        "rendered_positions": rng.uniform(-1, 1, (5, 2, 2)).astype(np.float32),
+        "velocities": rng.uniform(-1, 1, (5, 2, 2)).astype(np.float32),
         "present": rng.random((5, 2)) > 0.5,
         "num_objects": np.asarray(2, np.int64),
     }
@@ -122,6 +124,8 @@ def test_unsuited_codecs_are_refused() -> None:
         ({"stride": 0}, "stride >= 1"),
         ({"truth": {"positions": np.zeros((2, 1, 2))}}, "float32"),
         ({"truth": {"positions": np.zeros((3, 1, 2), np.float32)}}, "start with 2 frames"),
+        ({"truth": {"rendered_positions": np.zeros((2, 2), np.float32)}}, "float32 of rank 3"),
+        ({"truth": {"velocities": np.zeros((2, 1, 2))}}, "velocities of clip a must be float32"),
         ({"truth": {"segmentation": np.zeros((2, 4, 5), np.uint8)}}, r"must be \(2, 4, 4\).*nearest neighbour"),
         ({"truth": {"frames": np.zeros(2)}}, "cannot name truth"),
         ({"truth": {"../x": np.zeros(2)}}, "cannot name truth"),

@@ -1,5 +1,6 @@
 import io
 from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
 import numpy as np
 import pytest
@@ -208,3 +209,126 @@ def test_latent_walk_refuses_frames_without_a_name_or_value_and_names_twice():
         figures.latent_walk(frames, [0.0, 1.0], ["a", "b"])
     with pytest.raises(ValueError, match="names that differ"):
         figures.latent_walk(frames, [-1.0, 0.0, 1.0], ["a", "a"])
+
+
+def test_an_overlay_has_every_frame_and_the_last_one_brightest():
+    frames = np.zeros((3, 4, 4, 1), np.uint8)
+    frames[0, 0, 0] = frames[1, 1, 1] = frames[2, 2, 2] = 200
+    frames[0, 3, 3] = frames[2, 3, 3] = 200
+    picture = figures.overlay(frames, faintest=0.5)
+    assert picture.shape == (4, 4, 3)
+    assert picture[[0, 1, 2, 3], [0, 1, 2, 3], 0].tolist() == [100, 150, 200, 200]
+    assert picture.sum() == 3 * 650
+    np.testing.assert_array_equal(figures.overlay(frames[1:2]), np.repeat(frames[1], 3, axis=-1))
+
+
+def test_an_overlay_keeps_colours_and_its_frames():
+    frames = np.zeros((2, 2, 2, 3), np.uint8)
+    frames[0, 0, 0], frames[1, 0, 0] = (200, 0, 0), (0, 0, 100)
+    assert figures.overlay(frames, faintest=0.25)[0, 0].tolist() == [50, 0, 100]
+    assert frames[0, 0, 0, 0] == 200
+
+
+@pytest.mark.parametrize(("shape", "faintest"), [((0, 4, 4, 1), 0.5), ((4, 4, 1), 0.5), ((2, 4, 4, 1), 1.5)])
+def test_an_overlay_of_nothing_is_refused(shape, faintest):
+    with pytest.raises(ValueError, match=r"needs frames \(t, h, w, c\) and a weight in \[0, 1\]"):
+        figures.overlay(np.zeros(shape, np.uint8), faintest=faintest)
+
+
+def test_overlays_stand_side_by_side_though_one_is_shorter():
+    panels = {"generated": np.full((2, 8, 8, 1), 10, np.uint8), "true": np.full((3, 8, 8, 3), 20, np.uint8)}
+    picture = figures.overlays(panels, factor=3)
+    assert (picture == 10).all(axis=-1).sum() == (picture == 20).all(axis=-1).sum() == 24 * 24
+    with pytest.raises(ValueError, match="one height"):
+        figures.overlays({"a": black(2), "b": black(2, 9)})
+    with pytest.raises(ValueError, match="at least one panel"):
+        figures.overlays({})
+
+
+def tracks(n: int = 4, k: int = 2) -> np.ndarray:
+    """Objects that go right, one above the other."""
+    y, x = np.meshgrid(np.linspace(-0.5, 0.5, k), np.linspace(-0.8, 0.8, n))
+    return np.stack([y, x], axis=-1)
+
+
+def lines(svg: str, name: str) -> list[list[tuple[float, float]]]:
+    """The (x, y) on the page of every line of the track with this name."""
+    found = [group for group in ElementTree.fromstring(svg).iter("g") if group.findtext("title") == name]
+    points = [line.attrib["points"].split() for group in found for line in group.iter("polyline")]
+    return [[(float(x), float(y)) for x, y in (point.split(",") for point in line)] for line in points]
+
+
+def groups(svg: str) -> dict[str, Element]:
+    return {g.findtext("title", ""): g for g in ElementTree.fromstring(svg).iter("g") if g.find("title") is not None}
+
+
+def test_every_object_has_a_line_of_each_kind_in_its_colour():
+    kinds = {"true": tracks(), "inferred": tracks() + 0.1, "generated": tracks()[2:], "interpolated": tracks()}
+    svg = figures.track_plot(kinds)
+    found = groups(svg)
+    assert list(found) == [f"{kind}, object {k}" for kind in kinds for k in range(2)]
+    for k, colour in enumerate(figures.colours(2)):
+        ink = {found[f"{kind}, object {k}"][1].attrib["stroke"] for kind in kinds if kind != "true"}
+        assert ink == {"#{:02x}{:02x}{:02x}".format(*colour)}
+        assert found[f"true, object {k}"][1].attrib["stroke"] not in ink, "the truth is pale"
+    dashes = [found[f"{kind}, object 0"][1].attrib["stroke-dasharray"] for kind in kinds]
+    assert len(set(dashes[1:])) == 3
+    assert len(found["inferred, object 0"].findall("circle")) == 4 + 1
+    assert svg == figures.track_plot(kinds)
+
+
+def test_tracks_lie_in_the_frame_with_y_down_and_one_scale():
+    corners = np.array([[[-1.0, -1.0]], [[-1.0, 1.0]], [[1.0, 1.0]], [[0.0, 0.0]]])
+    svg = figures.track_plot({"true": corners})
+    (first, second, third, middle) = lines(svg, "true, object 0")[0]
+    assert first[0] < second[0]
+    assert first[1] == second[1] < third[1]
+    assert second[0] - first[0] == pytest.approx(third[1] - second[1], abs=0.11)
+    assert middle == pytest.approx(((first[0] + third[0]) / 2, (first[1] + third[1]) / 2), abs=0.11)
+    frame = next(iter(ElementTree.fromstring(svg).iter("rect")))
+    assert (float(frame.attrib["x"]), float(frame.attrib["y"])) == first
+
+
+def test_a_ring_is_where_a_track_begins_and_gaps_are_left():
+    track = tracks(7, 1)
+    track[[0, 3], 0] = np.nan
+    svg = figures.track_plot({"generated": track}, styles={"generated": 2})
+    assert [len(line) for line in lines(svg, "generated, object 0")] == [2, 3]
+    (ring,) = groups(svg)["generated, object 0"].findall("circle")
+    assert (float(ring.attrib["cx"]), float(ring.attrib["cy"])) == lines(svg, "generated, object 0")[0][0]
+
+
+def test_a_track_that_leaves_is_cut_and_the_frame_stays_visible():
+    far = tracks(3, 1)
+    far[2] = 1e200
+    svg = figures.track_plot({"generated": far}, size=300)
+    frame = next(iter(ElementTree.fromstring(svg).iter("rect")))
+    assert float(frame.attrib["width"]) > 300 / 2
+    assert max(lines(svg, "generated, object 0")[0])[0] == 1e6, "beyond the inner svg, which cuts it"
+
+
+def test_latents_of_any_size_fill_the_plot_without_a_frame():
+    latents = 500 + 40 * tracks()
+    svg = figures.track_plot({"inferred": latents}, frame=False, size=300)
+    assert not list(ElementTree.fromstring(svg).iter("rect"))
+    across = [x for k in range(2) for x, _ in lines(svg, f"inferred, object {k}")[0]]
+    assert max(across) - min(across) == pytest.approx(298 / 1.08, abs=0.2)
+    still = figures.track_plot({"inferred": np.full((3, 1, 2), 7.0)}, frame=False, size=300)
+    assert lines(still, "inferred, object 0")[0][0] == (149, 149)
+
+
+def test_clips_share_a_plot_with_colours_by_object():
+    batch = np.stack([tracks(), tracks() + 0.3, tracks() - 0.3])
+    svg = figures.track_plot({"inferred": batch})
+    assert len(lines(svg, "inferred, object 1")) == 3
+    assert len(groups(svg)) == 2
+
+
+def test_tracks_are_escaped_and_told_and_nothing_to_draw_is_said():
+    svg = figures.track_plot({"<b>": tracks()}, label='clip "1"')
+    assert "<b>" not in svg
+    assert ElementTree.fromstring(svg).attrib["aria-label"] == 'clip "1"'
+    assert "No values of tracks" in figures.track_plot({"true": np.full((3, 1, 2), np.nan)})
+    assert "No values" in figures.track_plot({})
+    with pytest.raises(ValueError, match=r"\(t, k, 2\) or \(n, t, k, 2\), got \{'true': \(3, 2\)\}"):
+        figures.track_plot({"true": np.zeros((3, 2))})

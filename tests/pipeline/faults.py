@@ -94,7 +94,7 @@ class Toy(nn.Module):
 families.FAMILIES["toy"] = families.Family(
     config=ToyConfig,
     model=Toy,
-    inputs=(),
+    inputs={},
     verbs=("forward", "encode", "rollout", "decode"),
     causal=True,
     tracked=True,

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +85,44 @@ def test_verbs_are_timed(training: dict[str, Any]) -> None:
 def test_a_missing_verb_is_left_out(training: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "ddlp", FAMILIES["ddlp"]._replace(verbs=("forward", "encode", "decode")))
     assert "rollout" not in benchmark.measure_verbs(training["run"], 1, FRAMES, 3, times=1)
+
+
+@pytest.mark.parametrize("family", ["ssm", "ed_lstm"])
+def test_a_family_is_measured_on_the_simulator_that_it_trains_on(family: str, tmp_path: Path) -> None:
+    few = OptimConfig(batch_size=2)
+    preset = dataclasses.replace(PRESETS[family]["debug"], threads=1, device="cpu", eval_every=0, optim=few)
+    bench = benchmark._Bench(BenchmarkRun(family, "debug"), preset, torch.device("cpu"), 1, str(tmp_path))
+    assert bench.source == "cannonballs:balls=1-3,size=32,frames=30"
+    assert bench.describe_data().startswith(
+        "sim:cannonballs:balls=1-3,size=32,frames=30, 20 frames of 32x32, in shards"
+    )
+    run = bench._train_run()
+    source = reader.open_source(run.data, "train")
+    clip = next(reader.iter_clips(source))
+    assert set(np.unique(clip.frames)) == {0, 255}
+    rows = benchmark.measure_verbs(run, 2, 6, 3, times=1)
+    assert ("interpolate" in rows) == (family == "ssm")
+    assert benchmark.measure_training(run, 1, 100)["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "preset", "source"),
+    [
+        ("ddlp", "small", "balls-interaction"),
+        ("ddlp", "clevrer", ""),  # of another size than the simulator that it has by default
+        ("ssm", "cannonballs", "cannonballs:balls=1-3,size=48,frames=30"),
+    ],
+)
+def test_a_preset_of_files_gets_balls_of_its_size(family: str, preset: str, source: str) -> None:
+    run = PRESETS[family][preset]
+    assert benchmark.own_source(run, run.model.image_size) == source
+
+
+def test_a_family_without_other_code_has_no_reference() -> None:
+    with pytest.raises(ValueError, match="ed_lstm has no part 'reference'; only iodine, provide, ssm are compared"):
+        benchmark.benchmark(BenchmarkRun("ed_lstm", "debug", parts=("reference",)))
+    assert "reference" not in benchmark._parts(BenchmarkRun("ed_lstm"))
+    assert "reference" in benchmark._parts(BenchmarkRun("ssm"))
 
 
 def test_reader_reads_whole_epochs_and_tells_the_share_of_hashing(data: str, monkeypatch: pytest.MonkeyPatch) -> None:

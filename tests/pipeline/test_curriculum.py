@@ -74,7 +74,7 @@ def start_from_toy(model: Any, config: ToyConfig, tensors: dict[str, Tensor]) ->
 
 @pytest.fixture(autouse=True)
 def toy_families(monkeypatch: pytest.MonkeyPatch) -> None:
-    toy = families.Family(ToyConfig, Toy, (), ("forward", "encode", "decode"), True, False, (), ())
+    toy = families.Family(ToyConfig, Toy, {}, ("forward", "encode", "decode"), True, False, (), ())
     monkeypatch.setitem(families.FAMILIES, "toy", toy)
     other = toy._replace(config=OtherConfig, warm_starts={"toy": start_from_toy})
     monkeypatch.setitem(families.FAMILIES, "other", other)

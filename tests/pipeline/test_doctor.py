@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from pipeline import cluster, doctor, failpoints, machine, store, trial
-from pipeline.config import DoctorRun, ShardRun
+from pipeline.config import DoctorRun, ShardRun, with_overrides
 from pipeline.doctor import Case, Finding
+from pipeline.presets import PRESETS
 from pipeline.quickstart import write_mp4
 
 Look = Callable[..., list[Finding]]
@@ -598,6 +599,13 @@ def test_preset_is_measured_by_training_steps(look: Look, training: Any, monkeyp
     memory, hours, disk = look(doctor.check_training, training=training)
     assert [memory.level, hours.level, disk.level] == ["FAIL", "ok", "FAIL"]
     assert "1 kB are free" in memory.text
+
+
+@pytest.mark.parametrize("family", ["ssm", "ed_lstm"])
+def test_a_model_of_binary_frames_is_tried_on_such_frames(family: str) -> None:
+    run = with_overrides(PRESETS[family]["debug"], {"model.threshold": None, "threads": 1, "device": "cpu"})
+    *steps, _ = [answer for answer in trial.train_steps(run) if "begin" not in answer]
+    assert [step["clips"] for step in steps] == [1, 2]
 
 
 def test_estimates_follow_from_what_was_measured(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

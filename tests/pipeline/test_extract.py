@@ -22,13 +22,14 @@ import pytest
 import torch
 
 from objdyn.clips import Clip, collate, to_model_input, to_sample
-from objdyn.families import FAMILIES, build
+from objdyn.families import FAMILIES, build, describe
 from objdyn.interface import Scene
 from objdyn.metrics.segmentation import match_tracks, segment
 from pipeline import extract as module
 from pipeline import failpoints, store, tables, verify
 from pipeline.checkpoint import config_to_json, load_model, save_checkpoint
-from pipeline.config import ExtractRun, VerifyRun
+from pipeline.config import ExportRun, ExtractRun, InterpolateRun, VerifyRun
+from pipeline.export import export
 from pipeline.extract import Extractor, clip_blocks, extract
 from pipeline.presets import PRESETS
 from pipeline.reader import iter_clips, open_source
@@ -114,9 +115,12 @@ def write_dataset(folder: Path, sizes: tuple[int, ...] = SHARDS) -> str:
     return str(folder)
 
 
-def write_checkpoint(folder: Path, seed: int, step: int = 0, best: bool = False, family: str = "ddlp") -> str:
+def write_checkpoint(
+    folder: Path, seed: int, step: int = 0, best: bool = False, family: str = "ddlp", **model_settings: Any
+) -> str:
     """A run folder with one more checkpoint of an untrained model."""
     run = PRESETS[family]["debug"]
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **model_settings))
     torch.manual_seed(seed)
     model = build(run.model)
     optimizer = torch.optim.Adam(model.parameters())
@@ -249,7 +253,7 @@ def test_a_family_that_is_not_causal_encodes_the_context_alone(checkpoint: str):
 
 
 def test_truth_that_the_family_needs_must_be_there(checkpoint: str):
-    family = FAMILIES["ddlp"]._replace(inputs=("num_objects",))
+    family = FAMILIES["ddlp"]._replace(inputs={"num_objects": ""})
     clip = Clip("clip-0", video(0), 25.0, 0, 1, "0.mp4")
     with pytest.raises(ValueError, match="clip clip-0 has no truth 'num_objects'"):
         clip_blocks(load_model(checkpoint).model, family, [clip])
@@ -580,6 +584,138 @@ def test_a_background_is_no_object_and_its_pixels_are_nobodys(checkpoint: str):
     np.testing.assert_allclose(block.latents["mask"] / 255, masks[0, :, 1:, 0], atol=0.51 / 255)
     won = segment(masks)[0, :, None] == np.arange(1, 5)[:, None, None]
     np.testing.assert_allclose(block.latents["mask_area"], won.mean(axis=(2, 3)))
+
+
+CANNONBALLS = "sim:cannonballs:balls=1-3,size=32,frames=9"
+SEEN, CLOSING, BEYOND = 3, 2, 7
+"""Of 9 frames 4 are interpolated; the horizon reaches one frame beyond the clip."""
+
+
+@pytest.fixture(scope="module")
+def ballistic(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_checkpoint(tmp_path_factory.mktemp("ssm"), seed=0, family="ssm")
+
+
+@pytest.fixture
+def make_ballistic(make_run: Callable[..., ExtractRun], ballistic: str) -> Callable[..., ExtractRun]:
+    def run(name: str = "tables", **settings: Any) -> ExtractRun:
+        settings = {"context": SEEN, "closing": CLOSING, "horizon": None, "limit": 2, **settings}
+        return make_run(name, **{"checkpoint": ballistic, "data": CANNONBALLS, **settings})
+
+    return run
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_gap_is_filled_from_both_sides_beside_the_prediction_from_one(
+    make_ballistic: Callable[..., ExtractRun], ballistic: str
+):
+    run = make_ballistic(horizon=BEYOND)
+    extract(run)
+    frames = tables.read_frames(run.out).to_pandas()
+    spans = frames.groupby(["clip", "kind", "context"]).frame.agg(list).to_dict()
+    expected = {"posterior": (0, range(9)), "predicted": (SEEN, range(3, 10)), "interpolated": (SEEN, range(3, 7))}
+    assert spans == {
+        (f"test-00000{clip}", kind, context): [*span] for clip in range(2) for kind, (context, span) in expected.items()
+    }
+    clips = list(iter_clips(open_source(CANNONBALLS, "test"), limit=2))
+    model, video = load_model(ballistic).model, to_model_input(collate(clips))
+    seen = torch.tensor([True] * 3 + [False] * 4 + [True] * 2)
+    counts = torch.tensor([int(clip.truth["num_objects"]) for clip in clips])
+    with torch.no_grad():
+        filled = model.interpolate(video, seen, counts)
+        error = (model.decode(filled).video - video).square().mean((2, 3, 4))
+    for i, clip in enumerate(clips):
+        found = tables.load_clip(run.out, clip.key, kind="interpolated")
+        assert set(found.objects) == {"present", "state", "state_cov", "mean", "log_var"}
+        np.testing.assert_allclose(found.objects["state"], filled.state[i, 3:7], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.objects["state_cov"], filled.state_cov[i, 3:7], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.predict_mse, error[i, 3:7], rtol=1e-4)
+        assert np.isnan(found.recon_mse).all()
+    found = tables.load_clips(run.out, ["state"], kind="interpolated")
+    assert [(clip.clip, clip.context, clip.frame.tolist()) for clip in found] == [
+        (clip.key, SEEN, [3, 4, 5, 6]) for clip in clips
+    ]
+    assert verify.verify(VerifyRun(run.out)).startswith("ok: tables")
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_interpolated_clips_are_exported_as_tensors(make_ballistic: Callable[..., ExtractRun], tmp_path: Path):
+    run = make_ballistic()
+    extract(run)
+    assert tables.read_manifest(run.out)["closing"] == CLOSING
+    path = tmp_path / "gaps.parquet"
+    assert export(ExportRun(run.out, str(path), kind="interpolated")).startswith("2 interpolated clips with")
+    rows = pq.read_table(path)
+    assert rows["frame"].to_pylist() == [[3, 4, 5, 6]] * 2
+    assert rows.schema.field("state").type.shape == [4, 3, 4]
+    assert verify.verify(VerifyRun(run.out)).startswith("ok: tables")
+
+
+def test_hidden_frames_have_no_influence_on_their_rows(ballistic: str):
+    loaded = load_model(ballistic)
+    clip = next(iter_clips(open_source(CANNONBALLS, "test"), limit=1))
+    frames = clip.frames.copy()
+    frames[SEEN : 9 - CLOSING] = 255 - frames[SEEN : 9 - CLOSING]
+    blocks = [
+        clip_blocks(loaded.model, describe(loaded.config), [each], context=SEEN, closing=CLOSING)[1]
+        for each in (clip, dataclasses.replace(clip, frames=frames))
+    ]
+    assert [block.kind for block in blocks] == ["interpolated"] * 2
+    for name, values in blocks[0].latents.items():
+        np.testing.assert_array_equal(values, blocks[1].latents[name])
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_masks_of_interpolated_frames_come_on_request(make_ballistic: Callable[..., ExtractRun]):
+    run = make_ballistic(limit=1, **EVERYTHING)
+    extract(run)
+    found = tables.load_clip(run.out, "test-000000", kind="interpolated")
+    assert found.objects["mask"].shape == (4, 3, 32, 32)
+    assert not found.objects["mask"][:, 1:].any()  # the clip has one object
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_folder_of_other_gaps_is_refused(make_ballistic: Callable[..., ExtractRun]):
+    extract(make_ballistic(limit=1))
+    with pytest.raises(ValueError, match="holds tables with closing 2, but this run has closing 3"):
+        extract(make_ballistic(limit=1, closing=3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"closing": 6}, "--context 3 and --closing 6 leave nothing to interpolate in a clip of .* 9 frames; lower"),
+        ({"context": None}, "closing was given without context; give both to interpolate"),
+        ({"closing": 0}, "closing must be at least 1, got 0"),
+    ],
+)
+def test_an_impossible_gap_is_refused(
+    make_ballistic: Callable[..., ExtractRun], settings: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        extract(make_ballistic(**settings))
+
+
+def test_a_family_that_cannot_interpolate_is_refused(make_run: Callable[..., ExtractRun]):
+    with pytest.raises(ValueError, match=r"a ddlp model cannot interpolate; give the checkpoint .* can \(ssm\), or"):
+        extract(make_run(closing=1, horizon=None))
+
+
+def test_an_interpolation_asks_for_the_gap_of_the_paper_unless_told():
+    run = InterpolateRun("run", "data", "out")
+    assert (run.context, run.closing, run.horizon) == (5, 5, None)
+
+
+def test_a_model_for_unknown_counts_needs_none(tmp_path: Path):
+    clip = next(iter_clips(open_source(CANNONBALLS, "test"), limit=1, truth=()))
+    known, unknown = (
+        load_model(write_checkpoint(tmp_path / str(known), seed=0, family="ssm", known_count=known))
+        for known in (True, False)
+    )
+    block, _ = clip_blocks(unknown.model, describe(unknown.config), [clip], context=SEEN, closing=CLOSING)
+    assert block.latents["present"].all()
+    with pytest.raises(ValueError, match=r"'num_objects'.* model.known_count=false \(--model.no-known-count\)"):
+        clip_blocks(known.model, describe(known.config), [clip])
 
 
 def test_mask_summary_of_masks_drawn_by_hand():

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from objdyn import families
 from objdyn.interface import Loss
-from pipeline import checkpoint, failpoints, loop
+from pipeline import benchmark, checkpoint, failpoints, loop
 from pipeline.config import TrainRun, with_overrides
 from pipeline.presets import ABOUT, PRESETS
 from pipeline.reader import open_source
@@ -180,6 +180,30 @@ def test_a_run_that_is_meant_to_start_from_another_family_says_so(
     assert capsys.readouterr().err == ""
 
 
+@pytest.fixture(scope="module")
+def uncounted(tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
+    """A run of the state-space model on clips that do not tell their number of objects."""
+    folder = tmp_path_factory.mktemp("uncounted")
+    benchmark.write_dataset(str(folder / "data"), 4, 8, 32, 4, truth=False)
+    changes = {"steps": 2, "eval_every": 0, "checkpoint_every": 2, "threads": 1, "data": str(folder / "data")}
+    return with_overrides(PRESETS["ssm"]["debug"], changes)
+
+
+def test_data_without_counts_train_a_model_that_takes_none(uncounted: TrainRun, tmp_path: Path) -> None:
+    run = with_overrides(uncounted, {"model.known_count": False, "out": str(tmp_path / "run")})
+    loop.train(loop.open_run(run))
+    loaded = checkpoint.load_model(str(tmp_path / "run"))
+    assert (loaded.step, loaded.config.known_count) == (2, False)
+    device = torch.device("cpu")
+    assert "loss" in loop.evaluate(loaded.model, open_source(run.data, "train"), run, device)
+
+
+def test_a_count_that_is_needed_and_missing_leaves_no_run_folder(uncounted: TrainRun, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no truth 'num_objects'.*model.known_count=false"):
+        loop.open_run(dataclasses.replace(uncounted, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_without_out_is_refused() -> None:
     with pytest.raises(ValueError, match="--resume needs --out"):
         loop.open_run(dataclasses.replace(DEBUG, resume=True))
@@ -275,6 +299,44 @@ def test_losses_that_stay_non_finite_stop_the_run_naming_terms_and_clips(tmp_pat
         loop.train(run)
     skipped = [line for line in loop.read_metrics(run.out) if line["kind"] == "skipped"]
     assert [(line["step"], len(line["clips"])) for line in skipped] == [(2, 2)] * 5
+    assert checkpoint.last_step(run.out) is None
+
+
+def negate_covariance(model: torch.nn.Module) -> None:
+    covariance = model.get_submodule("prior.emission_cov")
+    broken = -covariance()
+    covariance.forward = lambda: broken
+
+
+def spoil(name: str) -> Callable[[torch.nn.Module], object]:
+    return lambda model: model.get_parameter(name).data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("prior.emission_cov", negate_covariance),
+        ("prior.transition_cov.raw_diagonal", spoil("prior.transition_cov.raw_diagonal")),
+        ("prior.force", spoil("prior.force")),
+    ],
+)
+def test_dynamics_that_break_are_named_in_every_skipped_step_and_stop_the_run(
+    name: str, harm: Callable[[torch.nn.Module], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"steps": 9, "eval_every": 0, "checkpoint_every": 9, "threads": 1, "out": str(tmp_path / "run")}
+    run = loop.open_run(with_overrides(PRESETS["ssm"]["debug"], changes))
+    real, calls = loop._loss, itertools.count(1)
+
+    def loss(model: torch.nn.Module, *args: Any) -> Loss:
+        if next(calls) == 3:
+            harm(model)
+        return real(model, *args)
+
+    monkeypatch.setattr(loop, "_loss", loss)
+    with pytest.raises(FloatingPointError, match=f"^loss, {name}, .* not finite 5 steps in a row, last in step 3 "):
+        loop.train(run)
+    skipped = [line for line in loop.read_metrics(run.out) if line["kind"] == "skipped"]
+    assert [(line["step"], line["not_finite"][:2]) for line in skipped] == [(3, ["loss", name])] * 5
     assert checkpoint.last_step(run.out) is None
 
 

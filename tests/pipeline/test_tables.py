@@ -151,6 +151,13 @@ def test_rows_of_another_software_or_version_are_refused(tmp_path: Path):
         tables.provenance_of(newer)
 
 
+def test_parts_of_an_earlier_version_have_fewer_settings(objects: pa.Table):
+    description = json.loads(objects.schema.metadata[tables.METADATA_KEY])
+    del description["closing"]
+    older = objects.schema.with_metadata({tables.METADATA_KEY: json.dumps(description).encode()})
+    assert tables.provenance_of(older) == ("objects", PROVENANCE)
+
+
 def test_rows_are_sorted_by_a_key_that_comes_once(objects: pa.Table, frames: pa.Table):
     for rows, key, count in ((objects, tables.OBJECT_KEY, 48), (frames, tables.FRAME_KEY, 16)):
         keys = [tuple(row.values()) for row in rows.select(key).to_pylist()]

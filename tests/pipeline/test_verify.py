@@ -122,7 +122,7 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run of a family ``toy`` with checkpoints of steps 1 and 2, the first of them the best."""
     with pytest.MonkeyPatch.context() as patch:
         toy: Any = Toy
-        family = families.Family(ToyConfig, toy, (), (), True, True, (), ())
+        family = families.Family(ToyConfig, toy, {}, (), True, True, (), ())
         patch.setitem(families.FAMILIES, "toy", family)
         folder = tmp_path_factory.mktemp("toy") / "run"
         write_toy_run(folder)
@@ -930,6 +930,29 @@ def test_rows_that_contradict_the_settings_or_each_other(
     rewrite_part(folder, PART, lambda table, rows: change(rows) if table == place else None)
     kinds = {path.partition("/")[0] for kind, path in findings(folder, capsys) if kind == "damaged"}
     assert kinds & {place, "objects"}
+
+
+@pytest.mark.parametrize(
+    ("closing", "spans", "finding"),
+    [
+        (2, {"posterior": (0, 9), "interpolated": (3, 4)}, None),
+        (2, {"posterior": (0, 9), "interpolated": (3, 3)}, r"interpolated .* \[\[3, 3, 3\]\], wanted \[\[3, 3, 4\]\]"),
+        (2, {"posterior": (0, 9)}, r"interpolated rows .* \[\], wanted \[\[3, 3, 4\]\]"),
+        (None, {"posterior": (0, 9), "interpolated": (3, 4)}, r"\[\[3, 3, 4\]\], wanted \[\]"),
+    ],
+)
+def test_interpolated_rows_are_of_the_gap_that_the_settings_leave(
+    closing: int | None, spans: dict[str, tuple[int, int]], finding: str | None
+):
+    frames = {kind: np.arange(first, first + count) for kind, (first, count) in spans.items()}
+    blocks = [
+        tables.Block("clip", kind, frame, frame, {}, context=0 if kind == "posterior" else 3)
+        for kind, frame in frames.items()
+    ]
+    rows = tables.build("frames", blocks, (), tables.Provenance("ssm", "m", "d", "test", True, 3, None, closing))
+    settings = {"context": 3, "horizon": None, "closing": closing}
+    with contextlib.nullcontext() if finding is None else pytest.raises(FaultError, match=finding):
+        module._check_frames(rows, settings)
 
 
 def test_a_part_of_another_model(whole: Path, copy: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]):

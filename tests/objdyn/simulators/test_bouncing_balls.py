@@ -210,7 +210,7 @@ def test_ranges_outside_of_a_split_are_refused() -> None:
 
 
 def test_the_most_crowded_box_is_filled_and_an_impossible_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert np.isfinite(bouncing_balls.draw(Options((14, 14), radius=(1, 1)), "train", 0, 3).positions).all()
+    assert np.isfinite(bouncing_balls.draw(Options((14, 14), radius=(1.0, 1.0)), "train", 0, 3).positions).all()
     options = Options()
     monkeypatch.setattr(bouncing_balls, "BOX", 3.0)
     with pytest.raises(ValueError, match="no room for 4 balls after 200 starts"):
