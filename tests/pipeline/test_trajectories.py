@@ -333,6 +333,7 @@ def test_slots_that_exchange_their_objects_in_flight_are_counted():
     assert metrics["collapse_share"] == 0
     assert metrics["by_objects"]["1"]["position_r2"] == pytest.approx(1)
     assert metrics["by_objects"]["2"]["position_r2"] < 0.9
+    assert metrics["warnings"] == []  # and not taken for a fold
 
 
 def test_latents_that_follow_the_distance_from_the_middle_are_called_folded():
