@@ -16,10 +16,10 @@ def evaluate(run: EvaluateRun) -> str:
         from pipeline.protocol import bouncing_balls_protocol
 
         return f"{bouncing_balls_protocol(run)}\n\nresults: {store.join(out, 'protocol.json')}"
+    from pipeline import trajectories
     from pipeline.evaluate import evaluate
 
-    evaluate(run)
-    return f"report: {store.join(out, 'report.html')}"
+    return "\n\n".join([*trajectories.told(evaluate(run)), f"report: {store.join(out, 'report.html')}"])
 
 
 if __name__ == "__main__":

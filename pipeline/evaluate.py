@@ -3,7 +3,8 @@
 Clips stream through in the manifest's order. A clip is encoded and decoded whole (reconstruction), and from its first
 ``context`` frames the next ``horizon`` are predicted. Metrics are computed per frame and averaged over every frame of
 every clip, those of the baselines on the same frames. A metric that cannot be had is ``null``, with its reason under
-``reasons``. Clips with a true segmentation also get the metrics of ``segments.py``, for any family that has masks.
+``reasons``. Clips with a true segmentation also get the metrics of ``segments.py``, for any family that has masks, and
+families of binary video those of ``trajectories.py``.
 
 Which clips are the worst, the median and the best is known only after all of them: those few are then read and encoded
 again for the report.
@@ -23,7 +24,7 @@ from objdyn.clips import Clip, collate, stack_truth, to_frames, to_model_input
 from objdyn.families import FAMILIES, Family, describe
 from objdyn.metrics import position
 from objdyn.metrics.image import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
-from pipeline import segments, store
+from pipeline import segments, store, trajectories
 from pipeline.checkpoint import Loaded, code_revision, load_model, load_weights
 from pipeline.cli import command
 from pipeline.config import EvaluateRun, parse_model_settings, recorded_model_settings, torch_device
@@ -105,6 +106,8 @@ class Measured(NamedTuple):
     facts: ClipFacts
     segmented: segments.Scores
     """Empty where no clip has a true segmentation."""
+    found: trajectories.Found | None = None
+    """None where ``trajectories`` measures nothing of the family."""
 
 
 class Choice(NamedTuple):
@@ -136,11 +139,17 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         reasons["ssim"] = f"SSIM needs frames of at least {SSIM_WINDOW} pixels a side, these are {size}"
 
     stored = stored_facts(data, source)
+    maps: trajectories.Maps | str = ""
+    if trajectories.applies(loaded.config):
+        batch, limit = run.batch_size, run.limit
+        maps = trajectories.fit(loaded.model, family, data, source, batch_size=batch, limit=limit)
     measured = _measure(run, source, loaded, family, horizon, background, "ssim" not in reasons)
-    scores, tracks, facts, segmented = measured
+    scores, tracks, facts, segmented, found = measured
+    if found is not None and isinstance(maps, str):
+        maps = trajectories.own_maps(found, maps)
     ranked_by = "predict_psnr" if horizon else "recon_psnr"
     choices = choose_clips(scores[ranked_by].mean(axis=1), run.report_clips)
-    drawn, notes = _draw(run, source, loaded, family, horizon, choices, measured)
+    drawn, notes = _draw(run, source, loaded, family, horizon, choices, measured, maps)
     metrics: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "metrics",
@@ -169,6 +178,18 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     summarise_frames(metrics, scores, reasons)
     summarise_positions(metrics, tracks, run, source, horizon, reasons)
     summarise_segmentation(metrics, segmented, loaded.family, reasons)
+    if found is not None:
+        trajectories.summarise(
+            metrics,
+            found,
+            maps,
+            model=loaded.model,
+            context=run.context,
+            horizon=horizon,
+            frame_size=(source.height, source.width),
+            reasons=reasons,
+            resample=_resample,
+        )
     metrics["reasons"] = {name: reasons[name] for name in sorted(reasons) if name in metrics}
     history, problems = read_history(_run_folder(checkpoint))
     write_report(
@@ -177,6 +198,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         metrics=metrics,
         history=history,
         clips=drawn,
+        latent_tracks=None if found is None else trajectories.latent_tracks(found),
         settings=loaded.run,
         notes=[*notes, *problems],
     )
@@ -389,10 +411,12 @@ def _measure(
     parts: dict[str, list[np.ndarray]] = {}
     tracked: list[Tracks] = []
     segmented: list[tuple[int, segments.Scores]] = []
+    found: list[trajectories.Found] = []
+    binary = trajectories.applies(loaded.config)
     facts = ClipFacts()
     total = min(sum(source.shard_sizes), run.limit or sys.maxsize)
     done, started, told = 0, time.monotonic(), time.monotonic()
-    stream = iter_clips(source, run.limit, truth=_truth(family))
+    stream = iter_clips(source, run.limit, truth=(*_truth(family), *(trajectories.TRUTH if binary else ())))
     for clips in batches(stream, run.batch_size):
         masks = segments.has_truth(clips)
         video, made = _apply(loaded.model, clips, family, run.context, horizon, device, masks)
@@ -411,6 +435,10 @@ def _measure(
                 parts.setdefault(f"{name}_{metric}", []).append(values)
         tracked += _tracks_of(clips, made.latents, made.predicted)
         segmented.append((len(clips), _segment_scores(clips, made, run.context, horizon) if masks else {}))
+        if binary:
+            found.append(
+                trajectories.measure(loaded.model, family, clips, video, made.latents, made.predicted, run.context)
+            )
         done += len(clips)
         if time.monotonic() - told > REPORT_EVERY or done == total:
             told = time.monotonic()
@@ -422,7 +450,8 @@ def _measure(
         # The constant background is scored once over the whole clip; its predicted frames are a part of that.
         if horizon and (whole := scores.get(f"constant_background_recon_{metric}")) is not None:
             scores[f"constant_background_predict_{metric}"] = whole[:, run.context : run.context + horizon]
-    return Measured(scores, _join_tracks(tracked, family, loaded.family), facts, segments.join(segmented))
+    joined = _join_tracks(tracked, family, loaded.family)
+    return Measured(scores, joined, facts, segments.join(segmented), trajectories.join(found) if binary else None)
 
 
 def _apply(
@@ -621,6 +650,7 @@ def _draw(
     horizon: int,
     choices: Sequence[Choice],
     measured: Measured,
+    maps: trajectories.Maps | str,
 ) -> tuple[list[ReportClip], list[str]]:
     """Read and encode the chosen clips again, a batch at a time; with notes where that gives other scores."""
     device = next(loaded.model.parameters()).device
@@ -634,12 +664,21 @@ def _draw(
         pairs = {"recon_psnr": (made.recon, video)}
         if made.scene is not None:
             pairs["predict_psnr"] = (made.scene, video[:, run.context : run.context + horizon])
+        gaps = None
+        if measured.found is not None:
+            gaps = trajectories.interpolated_frames(
+                loaded.model, family, clips, video, context=run.context, horizon=horizon
+            )
         again = {name: frame_psnr(*pair).double().mean(dim=1).cpu().numpy() for name, pair in pairs.items()}
         for i, clip in enumerate(clips):
             number = next(numbers)
             drawn[number] = _drawn(loaded.model, clip, made, i, run.context, family)._replace(
                 rank=ranks[number], scores=_scores_of(measured.scores, number)
             )
+            if measured.found is not None:
+                tracks = trajectories.clip_tracks(measured.found, maps, number, run.context)
+                tracks = tracks._replace(interpolated=None if gaps is None else gaps[i])
+                drawn[number] = drawn[number]._replace(tracks=tracks)
             if number == choices[0].clip and hasattr(made.latents, "slots"):
                 drawn[number] = drawn[number]._replace(walk=_walk(loaded.model, made.latents, i, drawn[number]))
             for name, values in again.items():

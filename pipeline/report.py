@@ -73,6 +73,8 @@ STEP_PLOTS = (
     ("predict_ssim", "SSIM (higher is better)", ""),
     ("predict_mse", "MSE (lower is better)", ""),
     ("position_error", "Position error (lower is better)", "share of the frame's side"),
+    ("predict_error_px", "Position error up to one affine map (lower is better)", "pixels"),
+    ("predict_nll_frame", "Negative log-likelihood (lower is better)", "nats per frame"),
     ("predict_fg_ari", "Foreground ARI (higher is better)", ""),
     ("predict_ari", "ARI (higher is better)", ""),
 )
@@ -80,9 +82,14 @@ STEP_TABLE = (
     ("predict_psnr", "PSNR", "dB", True, ".2f"),
     ("predict_mse", "MSE", "", False, "#.3g"),
     ("position_error", "Position error", "share of the frame's side", False, ".3f"),
+    ("predict_error_px", "Position error up to one affine map", "pixels", False, ".2f"),
     ("predict_fg_ari", "Foreground ARI", "", True, ".3f"),
 )
-STEP_VERDICTS = (("predict_psnr", "PSNR", True), ("position_error", "Position error", False))
+STEP_VERDICTS = (
+    ("predict_psnr", "PSNR", True),
+    ("position_error", "Position error", False),
+    ("predict_error_px", "Position error up to one affine map", False),
+)
 LOOKS = {
     "brightness": "mean value of a clip's pixels, 0 black to 1 white",
     "contrast": "standard deviation inside a frame",
@@ -144,6 +151,17 @@ class LatentWalk(NamedTuple):
     frame: int
 
 
+class ClipTracks(NamedTuple):
+    """Tracks of the objects of one clip, by what they are: ``true``, ``inferred``, ``predicted``, ``interpolated``."""
+
+    in_frame: Mapping[str, np.ndarray]
+    """(t, n, 2) in [-1, 1]."""
+    latent: Mapping[str, np.ndarray]
+    """The same before the map to the frame, in units of the model."""
+    interpolated: np.ndarray | None = None
+    """uint8 (gap, h, w, c): the frames after the context that were interpolated."""
+
+
 class ReportClip(NamedTuple):
     """One clip to draw."""
 
@@ -174,6 +192,7 @@ class ReportClip(NamedTuple):
     has_background: bool = True
     """Whether component 0 is the background and not an object."""
     walk: LatentWalk | None = None
+    tracks: ClipTracks | None = None
     scores: Mapping[str, float | None] = {}
     """Decibels of PSNR by what was measured; shown beside the clip."""
     rank: str = ""
@@ -196,6 +215,7 @@ def write_report(
     metrics: Mapping[str, Any] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
     clips: Sequence[ReportClip] = (),
+    latent_tracks: Mapping[str, np.ndarray] | None = None,
     settings: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
@@ -208,6 +228,7 @@ def write_report(
         metrics: what ``metrics.json`` holds.
         history: the rows of a run's ``metrics.jsonl``.
         clips: to draw, in this order.
+        latent_tracks: of objects in many clips, (n, t, k, 2), by what these clips have in common.
         settings: nested settings of the run.
         training: as ``training_facts`` gives it; that of ``metrics`` where not given.
         notes: sentences to show above everything else.
@@ -220,6 +241,12 @@ def write_report(
         sections.append(Section("Results", results_table(metrics)))
     if steps := over_steps(metrics):
         sections.append(Section("Over the predicted frames", steps))
+    if "by_objects" in metrics:
+        from pipeline import trajectory_report  # here: it is built of this module's parts
+
+        shown = trajectory_report.trajectories(metrics, clips, latent_tracks or {})
+        sections.append(Section("Trajectories", shown))
+        notes = [*metrics.get("warnings", ()), *notes]
     if clips:
         sections.append(Section("Clips", clips_shown(clips, metrics)))
     if data:
@@ -380,7 +407,7 @@ def results_table(metrics: Mapping[str, Any]) -> str:
         numbers = [value for value in values if value is not None]
         best = (max if higher else min)(numbers) if len(numbers) > 1 else None
         marks = [value is not None and value == best for value in values]
-        cells = [_cell(*pair, metrics, unit, style, reasons) for pair in zip(keys, marks, strict=True)]
+        cells = [cell(*pair, metrics, unit, style, reasons) for pair in zip(keys, marks, strict=True)]
         if heading != group:
             rows.append(f'<tr class="group"><th scope="rowgroup" colspan="{len(keys) + 1}">{escape(heading)}</th></tr>')
             group = heading
@@ -469,7 +496,7 @@ def step_plots(curves: Mapping[str, Sequence[float | None]], marks: Mapping[str,
                 mark_x=marks.get(key),
                 label=f"{title} over the predicted frames of {', '.join(series)}",
             )
-            plots.append(_plot(title, drawing))
+            plots.append(plot(title, drawing))
     marked = any(mark is not None for mark in marks.values())
     explained = "The dashed line is where the model becomes worse than the copied last frame, and stays so."
     below = f'<p class="small">{explained}</p>' if marked else ""
@@ -547,7 +574,7 @@ def clip_figures(clip: ReportClip) -> str:
     facts = {name: _score(value) for name, value in clip.scores.items() if value is not None}
     beside = _definitions(facts) if facts else ""
     source = f'<p class="small">{escape(clip.source)}</p>' if clip.source else ""
-    strip = _still(_strip(clip), f"stills of clip {clip.key}: {panels} in rows, time to the right")
+    strip = still(_strip(clip), f"stills of clip {clip.key}: {panels} in rows, time to the right")
     parts = [
         f"<h3>{badge}{escape(clip.key)}</h3>{source}",
         f'<div class="clip"><div class="wide moving">{moving}</div>{beside}</div>',
@@ -558,14 +585,14 @@ def clip_figures(clip: ReportClip) -> str:
         grid = figures.component_grid(masks, components, factor=factor, background=clip.has_background)
         parts.append(
             f"<details><summary>Components of frame {frame}: each alone, and its mask</summary>"
-            f'<div class="wide">{_still(grid, f"components of frame {frame} of clip {clip.key}")}</div></details>'
+            f'<div class="wide">{still(grid, f"components of frame {frame} of clip {clip.key}")}</div></details>'
         )
     if (walk := clip.walk) is not None:
         factor = max(1, round(96 / walk.frames.shape[2]))
         picture = figures.latent_walk(walk.frames, walk.values, walk.names, factor=factor)
         title = f"Latent walk: slot {walk.slot} of frame {walk.frame}, one dimension at a time at the value above it"
         alt = f"latent walk of clip {clip.key}: one dimension of a slot in each row, its values to the right"
-        parts.append(f'<details><summary>{title}</summary><div class="wide">{_still(picture, alt)}</div></details>')
+        parts.append(f'<details><summary>{title}</summary><div class="wide">{still(picture, alt)}</div></details>')
     return f"<article>{''.join(parts)}</article>"
 
 
@@ -646,7 +673,7 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> str:
         values = [v for _, y in series.values() for v in y if v is not None]
         log_y = bool(values) and min(values) > 0 and max(values) > 30 * min(values)
         label = f"{name} over the steps of the training"
-        plots.append(_plot(name, figures.line_plot(series, x_label="step", y_label="", log_y=log_y, label=label)))
+        plots.append(plot(name, figures.line_plot(series, x_label="step", y_label="", log_y=log_y, label=label)))
     shown, rest = plots[:PLOTS_SHOWN], plots[PLOTS_SHOWN:]
     more = f'<div class="plots">{"".join(rest)}</div>'
     more = f"<details><summary>{len(rest)} more curves</summary>{more}</details>" if rest else ""
@@ -739,7 +766,7 @@ def _last_state(run: str) -> dict[str, Any]:
     return {**state, "model": complete["model.safetensors"]["sha256"]}
 
 
-def _cell(name: str, best: bool, metrics: Mapping[str, Any], unit: str, style: str, reasons: dict[str, int]) -> str:
+def cell(name: str, best: bool, metrics: Mapping[str, Any], unit: str, style: str, reasons: dict[str, int]) -> str:
     if name not in metrics:
         return "<td></td>"
     value = metrics[name]
@@ -896,11 +923,11 @@ def _definitions(values: Mapping[str, Any]) -> str:
     return f"<dl>{rows}</dl>"
 
 
-def _plot(title: str, drawing: str) -> str:
+def plot(title: str, drawing: str) -> str:
     return f"<figure><figcaption><b>{escape(title)}</b></figcaption>{drawing}</figure>"
 
 
-def _still(picture: np.ndarray, alt: str) -> str:
+def still(picture: np.ndarray, alt: str) -> str:
     data = figures.png(picture)
     return _image(data, "png", alt) if len(data) <= PNG_BYTES else _image(figures.webp(picture), "webp", alt)
 

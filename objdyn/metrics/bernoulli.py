@@ -79,7 +79,7 @@ def bernoulli_nll(
 
 
 def constant_nll(target: Float[Tensor, "b t h w"]) -> float:
-    """Nats per pixel of the best constant prediction, the share f of white pixels: the entropy of f.
+    """Nats per pixel of the best constant prediction, the share f of white pixels: ``entropy(f)``.
 
     A model above it has learnt less than how many pixels are white. On Cannonballs of 48x48 pixels f is 0.0054, 0.0108
     and 0.016 for 1, 2 and 3 balls.
@@ -87,7 +87,11 @@ def constant_nll(target: Float[Tensor, "b t h w"]) -> float:
     Raises:
         ValueError: a target that is not binary, or has no pixel.
     """
-    share = _white_share(target)
+    return entropy(_white_share(target))
+
+
+def entropy(share: float) -> float:
+    """Nats per pixel of the best constant prediction of frames with this share of white pixels, in [0, 1]."""
     return -sum(p * math.log(p) for p in (share, 1 - share) if p > 0)
 
 
@@ -114,7 +118,11 @@ def double_sigmoid_bounds(target: Float[Tensor, "b t h w"]) -> DoubleSigmoidBoun
     Raises:
         ValueError: a target that is not binary, or has no pixel.
     """
-    share = _white_share(target)
+    return bounds_of_share(_white_share(target))
+
+
+def bounds_of_share(share: float) -> DoubleSigmoidBounds:
+    """The same bounds for frames with this share of white pixels, in [0, 1]."""
     black, white = math.log(2), math.log1p(math.e) - 1
     return DoubleSigmoidBounds(
         all_black=black,

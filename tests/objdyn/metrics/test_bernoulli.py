@@ -8,8 +8,10 @@ from torch import Tensor
 from objdyn.metrics.bernoulli import (
     bce_double_sigmoid,
     bernoulli_nll,
+    bounds_of_share,
     constant_nll,
     double_sigmoid_bounds,
+    entropy,
     white_pixels,
 )
 from objdyn.simulators import cannonballs, simulator
@@ -58,6 +60,7 @@ def test_the_best_constant_is_the_white_share() -> None:
         value = bernoulli_nll(torch.full_like(target, p).double(), target).per_pixel.mean().item()
         assert value == pytest.approx(constant_nll(target), rel=1e-6) if best else value > constant_nll(target)
     assert constant_nll(torch.zeros(1, 1, 2, 2)) == constant_nll(torch.ones(1, 1, 2, 2)) == 0
+    assert constant_nll(target) == entropy(share)
 
 
 def test_double_sigmoid_takes_probabilities_for_logits() -> None:
@@ -76,6 +79,7 @@ def test_double_sigmoid_has_the_bounds_that_its_formula_says() -> None:
         (torch.full_like(target, share), bounds.constant),
     ):
         assert bce_double_sigmoid(prediction, target).mean().item() == pytest.approx(bound, abs=1e-7)
+    assert bounds == bounds_of_share(share)
     assert bounds.all_black == pytest.approx(math.log(2))
     assert bounds.perfect == pytest.approx(math.log(2) - 0.3799 * share, abs=1e-5)
     for seed in range(20):
