@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shlex
 from collections.abc import Sequence
@@ -81,8 +82,9 @@ def iodine(tmp_path_factory: pytest.TempPathFactory) -> str:
     return untrained("iodine", str(tmp_path_factory.mktemp("iodine")))
 
 
-def untrained(family: str, folder: str) -> str:
+def untrained(family: str, folder: str, **model_settings: Any) -> str:
     run = PRESETS[family]["debug"]
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **model_settings))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build(run.model)
@@ -101,6 +103,17 @@ def balls_run(checkpoint: str, out: Path) -> EvaluateRun:
 def balls(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("evaluation")
     return evaluate(balls_run(checkpoint, out)), out
+
+
+def test_clips_without_counts_are_evaluated_by_a_model_that_takes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = register(monkeypatch, static, {"train": 1, "test": 2})
+    settings: dict[str, Any] = {"out": str(tmp_path / "out"), "context": 4, "horizon": 2, "report_clips": 1}
+    unknown, known = (
+        untrained("ssm", str(tmp_path / str(count)), image_size=64, known_count=count) for count in (False, True)
+    )
+    assert evaluate(EvaluateRun(unknown, data, **settings))["predict_mse"] is not None
+    with pytest.raises(ValueError, match=r"no truth 'num_objects'.*model.known_count=false"):
+        evaluate(EvaluateRun(known, data, **settings))
 
 
 def test_every_key_is_written_with_a_value_or_a_reason(balls: tuple[dict[str, Any], Path]):
