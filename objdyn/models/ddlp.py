@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from objdyn.distributions import beta_kl, beta_sample, gaussian_kl, gaussian_sample
-from objdyn.interface import Loss, Scene
+from objdyn.interface import Loss, Scene, check_choices
 from objdyn.layers.convolution import MLP, init_convolutions
 from objdyn.layers.spatial import cut_glimpses
 from objdyn.losses import chamfer_kl, squared_error, zero_gradient
@@ -126,6 +126,7 @@ class DDLPConfig:
     """Optimiser steps over which the frames after the burn-in gain weight, one after the other."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         try:
             log2_exact(self.image_size)
             log2_exact(self.glimpse_size)

@@ -36,7 +36,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from objdyn import kalman
-from objdyn.interface import Loss, Scene
+from objdyn.interface import Loss, Scene, check_choices
 from objdyn.kalman import LGSSM
 from objdyn.layers.binary import bernoulli_nll, binary_frames, init_matrix, to_video
 from objdyn.losses import zero_gradient
@@ -93,6 +93,7 @@ class SSMConfig:
     """Weight of the KL from then on; 1 is the bound."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("image_size", "max_objects", "inference_dim", "renderer_dim", "num_components"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -210,6 +210,13 @@ def test_unknown_settings_are_refused(case: Case) -> None:
         config_from_json(case.family.config, {"colour": 1})
     with pytest.raises(ValueError, match="str is the config of no family; known: ddlp"):
         families.family_of("dldp")
+
+
+def test_a_setting_that_is_none_of_its_choices_is_refused(case: Case) -> None:
+    hints = get_type_hints(type(case.config))
+    for name in (name for name, hint in hints.items() if get_origin(hint) is Literal):
+        with pytest.raises(ValueError, match=name):
+            dataclasses.replace(case.config, **{name: "no such choice"})
 
 
 def test_thirty_steps_on_one_clip_lower_the_loss(case: Case) -> None:
