@@ -16,5 +16,5 @@ if __name__ == "__main__":
         interpolate,
         InterpolateRun,
         description="Write object latents as Parquet, also of the frames between the first and the last ones of each "
-        "clip, given these alone; extract.py with --closing required.",
+        "clip, given these alone; extract.py with --context 5 --closing 5 unless told otherwise.",
     )

@@ -246,7 +246,7 @@ def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
     source = open_source(data, run.split)
     family = describe(loaded.config)
     if run.horizon is not None and "rollout" not in family.verbs:
-        raise ValueError(f"a {loaded.family} model cannot predict; leave out --context and --horizon")
+        raise ValueError(f"a {loaded.family} model cannot predict; leave out --horizon")
     if run.closing is not None and "interpolate" not in family.verbs:
         able = ", ".join(name for name, each in FAMILIES.items() if "interpolate" in each.verbs)
         raise ValueError(

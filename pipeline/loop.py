@@ -723,7 +723,8 @@ def _note_on_start(run: TrainRun) -> str:
     other = next(iter(known))
     return (
         f"note: {family} begins from drawn weights, but with model.conditional_decoder=residual (as in {family}/small) "
-        f"it is meant to begin from those of {other}: python jobs/train_{other}.py small --out START, then --init START"
+        f"it is meant to begin from those of {other} with the same model settings (for {family}/small: "
+        f"python jobs/train_{other}.py small --out START), then --init START"
     )
 
 

@@ -328,7 +328,7 @@ _SSM_DEBUG = TrainRun(
     eval_clips=2,
     checkpoint_every=10,
 )
-# A few minutes on one core: narrower states, first positions and velocities from a wide prior, noise of states that is
+# For one CPU core: narrower states, first positions and velocities from a wide prior, noise of states that is
 # not learned (and is less while the dynamics are frozen), one ball first, then two, then three. The dynamics learn
 # three times as fast as the rest, but not at once: Adam, which has seen nothing but zeros of them, begins with steps of
 # six times their rate.
@@ -506,13 +506,13 @@ ABOUT: dict[str, dict[str, str]] = {
     },
     "ssm": {
         "debug": "tiny state-space model for tests; seconds",
-        "small": "state-space model on 32-pixel cannonballs, curriculum from one to three; minutes on one core",
+        "small": "state-space model on 32-pixel cannonballs, curriculum from one to three; not yet trained to its end",
         "cannonballs": "one to three cannonballs at 48 pixels as in the paper, 2e5 steps",
         "cannonballs-32": "the same at 32 pixels",
     },
     "ed_lstm": {
         "debug": "tiny ED-LSTM for tests; seconds",
-        "small": "ED-LSTM on 32-pixel cannonballs; minutes on one core",
+        "small": "ED-LSTM on 32-pixel cannonballs; not yet trained to its end",
         "cannonballs": "the paper's baseline at 48 pixels, fully connected, 2e5 steps",
         "cannonballs-32": "the same at 32 pixels",
         "cannonballs-convolutional": "the same at 48 pixels with convolutions",

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from objdyn.clips import Clip, collate, stack_truth, to_model_input
-from objdyn.families import FAMILIES
+from objdyn.families import FAMILIES, describe
 from objdyn.metrics import segmentation
 from objdyn.metrics.image import frame_mse
 from objdyn.simulators import bouncing_balls
@@ -331,7 +331,7 @@ class _Bench:
         Raises:
             ValueError: there is no video.
         """
-        source, family = videos.source, FAMILIES[loaded.family]
+        source, family = videos.source, describe(loaded.config)
         fitting = [length for length in lengths if length <= source.num_frames]
         if not fitting:
             return Found({}, {}, ())

@@ -35,6 +35,7 @@ from objdyn.metrics.trajectory import Map
 from objdyn.models.ed_lstm import EDLSTM, EDLSTMConfig
 from objdyn.models.ssm import SSM, SSMConfig
 from objdyn.simulators import cannonballs
+from pipeline import segments
 from pipeline.reader import Source, has_split, iter_clips, open_source
 from pipeline.report import ClipTracks
 
@@ -247,7 +248,7 @@ def interpolated_frames(
     if latents is None:
         return None
     with torch.no_grad():
-        gap = type(latents)(*(field[:, context:horizon] for field in latents))
+        gap = segments.cut(latents, context, horizon)
         return to_frames(torch.nan_to_num(model.decode(gap).video))
 
 
@@ -397,8 +398,10 @@ def told(metrics: Mapping[str, Any]) -> list[str]:
         rows.append([name, *("-" if v is None else format(v * factor, style) for v, style, factor in values)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in rows]
-    note = metrics["map"]["note"] if metrics["map"] else metrics["reasons"].get("map", "")
-    lines += ["Errors in pixels. Positions up to one affine map: " + note + "."]
+    if metrics["map"]:
+        lines += [f"Errors in pixels. Positions up to one affine map: {metrics['map']['note']}."]
+    else:
+        lines += [f"Errors in pixels. No map: {metrics['reasons'].get('map', 'unknown')}."]
     return ["\n".join([*lines, *(f"WARNING: {warning}" for warning in metrics["warnings"])])]
 
 

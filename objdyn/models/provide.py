@@ -335,7 +335,7 @@ def light_cells(config: PROVIDEConfig, t: int) -> int:
 
 
 def start_from_iodine(model: PROVIDE, config: IODINEConfig, weights: Mapping[str, Tensor]) -> None:
-    """Give a fresh PROVIDE the weights of a trained IODINE, so that at first it infers a frame nearly as IODINE does.
+    """Give a fresh PROVIDE the weights of a trained IODINE, so that it infers the first frame nearly as IODINE does.
 
     The LSTM's gates go to the 2D cell, which reads the frame before as IODINE reads the refinement before, and whose
     mixing gate prefers the refinement's cell; the prior starts at N(0, I). Needs ``conditional_decoder`` "residual" or
