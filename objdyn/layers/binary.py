@@ -11,8 +11,8 @@ def binary_frames(
 ) -> Float[Tensor, "b t p"]:
     """White (1) or black (0) for every pixel of a video, row by row; p is ``size * size``.
 
-    The value of a pixel is the mean over its channels, which are equal in a binary frame. With a ``threshold`` any video
-    is made binary: white is what is brighter.
+    The value of a pixel is the mean over its channels, which are equal in a binary frame. With a ``threshold`` any
+    video is made binary: white is what is brighter.
 
     Raises:
         ValueError: the frames are not RGB of side ``size``; or a pixel is neither black nor white and there is no

@@ -174,7 +174,7 @@ def test_a_run_that_is_meant_to_start_from_another_family_says_so(
         assert told == ""
         return
     assert told.startswith("note: provide begins from drawn weights, but with model.conditional_decoder=residual")
-    assert told.endswith("python jobs/train_iodine.py small --out START, then --init START\n")
+    assert told.endswith("python jobs/train_iodine.py small --out START), then --init START\n")
     assert told.count("\n") == 1
     loop.open_run(dataclasses.replace(run, resume=True))
     assert capsys.readouterr().err == ""
