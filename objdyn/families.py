@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from objdyn.interface import Scene, VideoModel
-from objdyn.models import ddlp, ed_lstm, iodine, provide, ssm
+from objdyn.models import ddlp, ed_lstm, iodine, oddn, provide, ssm
 
 
 class Family(NamedTuple):
@@ -75,6 +75,17 @@ FAMILIES: dict[str, Family] = {
         frame_columns=(),
         warm_starts={"iodine": provide.start_from_iodine},
         state_columns=("hidden", "cell"),
+    ),
+    "oddn": Family(
+        config=oddn.ODDNConfig,
+        model=oddn.ODDN,
+        inputs={},
+        verbs=("forward", "encode", "rollout", "decode"),
+        causal=True,  # but for the first frame's dynamics, those of the second, which no prediction looks at
+        tracked=False,
+        object_columns=("static", "static_log_var", "dynamics"),
+        frame_columns=(),
+        warm_starts={"iodine": oddn.start_from_iodine},
     ),
     "ssm": Family(
         config=ssm.SSMConfig,

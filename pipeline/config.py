@@ -20,13 +20,14 @@ import torch
 from objdyn.models.ddlp import DDLPConfig
 from objdyn.models.ed_lstm import EDLSTMConfig
 from objdyn.models.iodine import IODINEConfig
+from objdyn.models.oddn import ODDNConfig
 from objdyn.models.provide import PROVIDEConfig
 from objdyn.models.ssm import SSMConfig
 
 if TYPE_CHECKING:
     from objdyn.datasets.preprocessing import Preprocessing
 
-ModelConfig = DDLPConfig | IODINEConfig | PROVIDEConfig | SSMConfig | EDLSTMConfig
+ModelConfig = DDLPConfig | IODINEConfig | PROVIDEConfig | ODDNConfig | SSMConfig | EDLSTMConfig
 
 
 @dataclass(frozen=True)
@@ -740,7 +741,7 @@ class BenchmarkRun:
     """File or s3:// URL that gets the numbers as JSON; empty only prints them."""
     parts: tuple[BenchmarkPart, ...] = ()
     """What to measure; none given measures everything. ``reference``, the comparison in fixed settings with the
-    authors' code (iodine, provide) or the textbook's (ssm), is of these families alone."""
+    authors' code (iodine, provide, oddn) or the textbook's (ssm), is of these families alone."""
     pairs: int = 5
     """Alternating pairs of a stage and the same work bare, and repetitions of the rest; the median is reported."""
     steps: int = 3

@@ -11,6 +11,7 @@ from dataclasses import replace
 from objdyn.models.ddlp import DDLPConfig
 from objdyn.models.ed_lstm import EDLSTMConfig
 from objdyn.models.iodine import IODINEConfig
+from objdyn.models.oddn import ODDNConfig
 from objdyn.models.provide import PROVIDEConfig
 from objdyn.models.ssm import SSMConfig
 from pipeline.config import OptimConfig, TrainRun
@@ -297,6 +298,14 @@ _PROVIDE_DEBUG = replace(
     clip_frames=5,
 )
 
+_ODDN_DEBUG = replace(
+    _IODINE_DEBUG,
+    model=ODDNConfig(
+        **{**vars(_IODINE_DEBUG.model), "distillation_dim": 16, "relation_dim": 16, "linear_dim": 16, "alone_steps": 5}
+    ),
+    clip_frames=5,
+)
+
 # State-space models. The paper gives optimiser, batch, iterations and the length of the frozen phase; how the KL weight
 # then falls is ours, as is the bound of the gradient's norm.
 _CANNONBALLS = "sim:cannonballs:balls={balls},size={size},frames=30"
@@ -443,6 +452,9 @@ PRESETS: dict[str, dict[str, TrainRun]] = {
         "clevrer-ablation-base": _slots(_ABLATION_CLEVRER_BASE, clip_frames=4, stages=_TO_20),
         "clevrer-ablation-conditional": _slots(_PROVIDE_CLEVRER, clip_frames=4, stages=_TO_20),
         "clevrer-ablation-conditional-40": _slots(_PROVIDE_CLEVRER, clip_frames=4, stages=_LENGTHS),
+    },
+    "oddn": {
+        "debug": _ODDN_DEBUG,
     },
     "ssm": {
         "debug": _SSM_DEBUG,

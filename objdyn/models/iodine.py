@@ -83,8 +83,9 @@ class IODINEConfig:
     """Add IODINE's input of the likelihood without slot k, which the baselines' code lacks."""
     extra_channels: int = 0
     """Channels of ``extra_features`` (the ``IODINE`` class); 0 for none."""
-    cell_weights: Literal["ramp", "linspace", "reference"] = "ramp"
-    """Weight of decode s of D: s / D; (s - 1) / (D - 1), IODINE's code; s / R, the released code of PROVIDE."""
+    cell_weights: Literal["ramp", "linspace", "reference", "uniform"] = "ramp"
+    """Weight of decode s of D: s / D; (s - 1) / (D - 1), IODINE's code; s / R, the released code of PROVIDE; or 1, as
+    ODDN's equation 5 is printed."""
     likelihood_weight: float = 10.0
     """beta, the weight of the negative log-likelihood (summed over pixels)."""
     kl_weight: float = 1.0
@@ -169,6 +170,15 @@ class IODINELatents(NamedTuple):
     log_var: Float[Tensor, "b t k d"]
 
 
+class Fit(NamedTuple):
+    """What training learns of frames that were inferred."""
+
+    loss: Float[Tensor, ""]
+    """The weighted sum of the losses of all cells, a mean over frames; carries the graph."""
+    final: Sight
+    """The last cell, whose ``slots`` are a sample of the last posterior and carry the graph."""
+
+
 class IODINE(nn.Module):
     """Iterative variational inference of the objects of single frames; a clip's frames are inferred one by one.
 
@@ -193,20 +203,8 @@ class IODINE(nn.Module):
             raise ValueError('inference="sequential" (SEQ-IODINE) is for test only; train with "per_frame"')
         frames, clips = flat_frames(video, self.config.image_size), video.shape[0]
         first = train_draw((clips, self.config.num_slots, self.config.slot_dim), video.device, self.training)
-        noise = repeat(first, "b k d -> (b t) k d", t=video.shape[1])
-        total = frames.new_zeros(())
-        count = self._decodes
-        scene = self.refiner.see(frames)
-        posterior, state = self.refiner.start(noise), self.refiner.rest(noise)
-        sight = None
-        for index in range(count):
-            sight = self.refiner.look(scene, posterior, noise, final=index == count - 1)
-            total = total + cell_weight(self.config, index, count) * sight.loss.mean()
-            if index < count - 1:
-                posterior, state = self._refine(scene, sight, posterior, noise, state)
-            noise = torch.randn_like(noise) if self.training else torch.zeros_like(noise)
-        assert sight is not None
-        return Loss(total, terms_of(scene.frame, [sight]))
+        fit = self.fit(frames, repeat(first, "b k d -> (b t) k d", t=video.shape[1]))
+        return Loss(fit.loss, terms_of(frames, [fit.final]))
 
     def encode(self, video: Float[Tensor, "b t c h w"], *, generator: torch.Generator | None = None) -> IODINELatents:
         """Slots of every frame; with ``inference="sequential"`` those of SEQ-IODINE (PROVIDE, section 4.1)."""
@@ -214,12 +212,8 @@ class IODINE(nn.Module):
         first = draw((b, self.config.num_slots, self.config.slot_dim), video.device, generator)
         if self.config.inference == "sequential":
             return self._encode_sequentially(frames.unflatten(0, (b, t)), first, generator)
-        noise = repeat(first, "b k d -> (b t) k d", t=t)
-        chunk = len(frames) if torch.is_grad_enabled() else FRAMES_AT_ONCE
-        parts = [
-            self._infer(frames[i : i + chunk], noise[i : i + chunk], generator) for i in range(0, len(frames), chunk)
-        ]
-        return IODINELatents(*(torch.cat(field).unflatten(0, (b, t)) for field in zip(*parts, strict=True)))
+        found = self.infer(frames, repeat(first, "b k d -> (b t) k d", t=t), generator)
+        return IODINELatents(*(field.unflatten(0, (b, t)) for field in found))
 
     def rollout(
         self, latents: IODINELatents, horizon: int, *, generator: torch.Generator | None = None
@@ -234,6 +228,35 @@ class IODINE(nn.Module):
     def decode(self, latents: IODINELatents, components: bool = False) -> Scene:
         """Frames, and on request the masks and colours of every slot."""
         return decode_slots(self.refiner, latents.slots, None, components)
+
+    def fit(self, frames: Float[Tensor, "n 3 h w"], noise: Float[Tensor, "n k d"]) -> Fit:
+        """The loss of frames that are inferred from a first draw ``noise``, each by itself and all together.
+
+        ODDN trains the same way and goes on from the last cell's slots.
+        """
+        total = frames.new_zeros(())
+        count = self._decodes
+        scene = self.refiner.see(frames)
+        posterior, state = self.refiner.start(noise), self.refiner.rest(noise)
+        sight = None
+        for index in range(count):
+            sight = self.refiner.look(scene, posterior, noise, final=index == count - 1)
+            total = total + cell_weight(self.config, index, count) * sight.loss.mean()
+            if index < count - 1:
+                posterior, state = self._refine(scene, sight, posterior, noise, state)
+            noise = torch.randn_like(noise) if self.training else torch.zeros_like(noise)
+        assert sight is not None
+        return Fit(total, sight)
+
+    def infer(
+        self, frames: Float[Tensor, "n 3 h w"], noise: Float[Tensor, "n k d"], generator: torch.Generator | None
+    ) -> IODINELatents:
+        """Slots (n, k, d) of frames from a first draw ``noise``, so many at once that memory stays bounded."""
+        chunk = len(frames) if torch.is_grad_enabled() else FRAMES_AT_ONCE
+        parts = [
+            self._infer(frames[i : i + chunk], noise[i : i + chunk], generator) for i in range(0, len(frames), chunk)
+        ]
+        return IODINELatents(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
     @property
     def _decodes(self) -> int:
@@ -520,7 +543,7 @@ def cell_weight(config: IODINEConfig, index: int, decodes: int) -> float:
         return (index + 1) / decodes
     if config.cell_weights == "linspace":
         return index / (decodes - 1)
-    return (index + 1) / config.num_refinements
+    return 1.0 if config.cell_weights == "uniform" else (index + 1) / config.num_refinements
 
 
 def flat_frames(video: Float[Tensor, "b t c h w"], size: int) -> Float[Tensor, "n 3 h w"]:

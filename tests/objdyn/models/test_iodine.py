@@ -337,6 +337,7 @@ def test_the_first_draw_is_shared_by_the_frames_of_a_clip() -> None:
         ("ramp", [0.25, 0.5, 0.75, 1.0]),
         ("linspace", [0.0, 1 / 3, 2 / 3, 1.0]),
         ("reference", [1 / 6, 2 / 6, 0.5, 4 / 6]),
+        ("uniform", [1.0, 1.0, 1.0, 1.0]),
     ],
 )
 def test_the_weights_of_the_cells(kind: Any, wanted: list[float]) -> None:
@@ -389,7 +390,7 @@ def test_a_part_trained_alone_gets_the_gradient_that_it_gets_among_all(part: str
         ({"refine_pool": "max"}, "^refine_pool must be 'flatten' or 'mean', got 'max'$"),
         ({"mixture": "pixel"}, "^mixture must be 'per_channel' or 'per_pixel', got 'pixel'$"),
         ({"mask_posterior": "softmax"}, "^mask_posterior must be 'log' or 'reference', got 'softmax'$"),
-        ({"cell_weights": "flat"}, "^cell_weights must be 'ramp' or 'linspace' or 'reference', got 'flat'$"),
+        ({"cell_weights": "flat"}, "^cell_weights must be 'ramp' or 'linspace' or 'reference' or 'uniform', got 'flat'$"),
         ({"conv_init": "fan"}, "^conv_init must be 'default' or 'fan_in', got 'fan'$"),
         ({"inference": "seq"}, "^inference must be 'per_frame' or 'sequential', got 'seq'$"),
         ({"num_slots": 1}, "num_slots must be at least 2 .* got 1"),
