@@ -907,7 +907,7 @@ def _reference_table(family: str, measured: Report) -> list[str]:
     size = f"{measured['size']} pixels, K = {measured['slots']}, R = {measured['refinements']}, fp32"
     return [
         f"reference: one training step of {measured['batch']} clips x {measured['frames']} frames, {size}, cpu, "
-        f"{measured['threads']} threads; ratios to the authors' code",
+        f"{measured['threads']} threads; ratios to {measured['beside']}",
         *itertools.chain.from_iterable(_align(cells) for cells in reference.table(family, measured)),
     ]
 

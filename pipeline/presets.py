@@ -298,6 +298,44 @@ _PROVIDE_DEBUG = replace(
     clip_frames=5,
 )
 
+
+# ODDN. The paper gives the sizes of its latents and that oddn-l predicts six frames; the rest is ours. Clips are of
+# every fourth frame: make the data set with --stride 4. 6 clips of 5 frames are about the 32 frames of the other slot
+# families' batches. The variants differ in nothing else.
+def _oddn(model: ODDNConfig, *, clip_frames: int = 5) -> TrainRun:
+    return replace(_slots(model, clip_frames=clip_frames), steps=250_000, optim=replace(_SLOT_OPTIM, batch_size=6))
+
+
+_ODDN = ODDNConfig()
+# The paper's baselines of its table 3 and of its features, at ODDN's setting.
+_IODINE_16 = replace(_IODINE, num_slots=7, slot_dim=16)
+_PROVIDE_16 = replace(_PROVIDE_CLEVRER, num_slots=7, slot_dim=16)
+
+# 32-pixel scenes of three objects on one CPU core. IODINE first (one object, then two, then three; K grows with them),
+# then ODDN from its weights (--init RUN). The variance is that of IODINE's own paper: these objects have few pixels and
+# little contrast.
+_SMALL_SCENES = "sim:clevrer-sim:size=32,objects={objects},stride=4"
+_IODINE_SCENES_SMALL = replace(
+    _IODINE_SMALL,
+    model=replace(_IODINE_SMALL.model, image_size=32, num_slots=5, num_refinements=5, likelihood_var=0.01),
+    data=_SMALL_SCENES.format(objects=3),
+    steps=6_000,
+    stages=(
+        f"steps=1000 data={_SMALL_SCENES.format(objects=1)} model.num_slots=3",
+        f"steps=1000 data={_SMALL_SCENES.format(objects=2)} model.num_slots=4",
+        "",
+    ),
+    optim=replace(_IODINE_SMALL.optim, anneal_steps=2_500),
+)
+_ODDN_SMALL = replace(
+    _IODINE_SCENES_SMALL,
+    model=ODDNConfig(**vars(_IODINE_SCENES_SMALL.model)),
+    steps=3_000,
+    stages=(),
+    clip_frames=5,
+    optim=replace(_IODINE_SMALL.optim, lr=1e-3, anneal_steps=1_500, batch_size=6),
+    eval_clips=32,
+)
 _ODDN_DEBUG = replace(
     _IODINE_DEBUG,
     model=ODDNConfig(
@@ -410,6 +448,9 @@ PRESETS: dict[str, dict[str, TrainRun]] = {
             replace(_IODINE_RELEASED, num_refinements=6), clip_frames=1, data=_COLOUR
         ),
         "clevrer": _slots(replace(_IODINE, num_slots=6), clip_frames=1),
+        "clevrer-small": _IODINE_SCENES_SMALL,
+        "clevrer-16": _slots(_IODINE_16, clip_frames=1),
+        "clevrer-20": _slots(replace(_IODINE_16, slot_dim=20), clip_frames=1),
         "clevr6": replace(
             _slots(_IODINE_CLEVR6, clip_frames=1),
             steps=1_000_000,
@@ -429,6 +470,7 @@ PRESETS: dict[str, dict[str, TrainRun]] = {
         ),
         # CLEVRER: K = 6 slots for 3 to 5 objects, R and weights of the released code; no entropy term on colour
         "clevrer": _slots(_PROVIDE_CLEVRER, clip_frames=4, stages=_LENGTHS),
+        "clevrer-16": _slots(_PROVIDE_16, clip_frames=4, stages=_LENGTHS),
         "clevrer-released": _slots(
             replace(_PROVIDE_RELEASED, num_slots=6, num_refinements=5, entropy_weight=0.0),
             clip_frames=4,
@@ -455,6 +497,15 @@ PRESETS: dict[str, dict[str, TrainRun]] = {
     },
     "oddn": {
         "debug": _ODDN_DEBUG,
+        "small": _ODDN_SMALL,
+        "clevrer": _oddn(_ODDN),
+        # oddn-l: "long-range prediction, 6 frames" after the first two
+        "clevrer-long": _oddn(_ODDN, clip_frames=8),
+        "clevrer-no-relation": _oddn(replace(_ODDN, relation=False)),
+        "clevrer-iodine-linear": _oddn(replace(_ODDN, predictor="linear")),
+        "clevrer-iodine-linear-joint": _oddn(replace(_ODDN, predictor="linear_joint")),
+        # real block towers: at most four blocks, the background and a spare slot
+        "towers": _oddn(replace(_ODDN, num_slots=6)),
     },
     "ssm": {
         "debug": _SSM_DEBUG,
@@ -493,6 +544,9 @@ ABOUT: dict[str, dict[str, str]] = {
         "bouncing-balls-released": "binary Bouncing Balls with the baselines' code's conventions",
         "bouncing-balls-colour-released": "the same in four colours",
         "clevrer": "PROVIDE's IODINE baseline on CLEVRER at 64 pixels",
+        "clevrer-small": "IODINE on simulated 32-pixel scenes, from one object to three; to start oddn/small from",
+        "clevrer-16": "ODDN's IODINE baseline on CLEVRER at 64 pixels: 7 slots of 16 numbers",
+        "clevrer-20": "the same with slots of 20 numbers",
         "clevr6": "IODINE as its own paper has it on CLEVR, 128 pixels",
     },
     "provide": {
@@ -505,6 +559,7 @@ ABOUT: dict[str, dict[str, str]] = {
             "the same in four colours, without the entropy term; the code's beta schedule is not included"
         ),
         "clevrer": "CLEVRER at 64 pixels",
+        "clevrer-16": "ODDN's PROVIDE baseline on CLEVRER at 64 pixels: 7 slots of 16 numbers",
         "clevrer-released": "CLEVRER with the released code's conventions",
         "grand-central": "Grand Central Station at 128 pixels, clips up to 20 frames",
         **{f"refinements-{r}": f"binary Bouncing Balls with R = {r} (table 4)" for r in range(2, 11)},
@@ -515,6 +570,16 @@ ABOUT: dict[str, dict[str, str]] = {
         "clevrer-ablation-base": "CLEVRER (the later table 3): without grid, conditional prior and generation",
         "clevrer-ablation-conditional": "CLEVRER: with the grid, conditional prior and generation",
         "clevrer-ablation-conditional-40": "CLEVRER: the same on clips up to 40 frames; equal to clevrer",
+    },
+    "oddn": {
+        "debug": "tiny ODDN for tests; seconds",
+        "small": "ODDN on simulated 32-pixel scenes; give --init the run of an iodine clevrer-small",
+        "clevrer": "CLEVRER at 64 pixels, clips of 5 frames of a data set of every 4th",
+        "clevrer-long": "the paper's ODDN-l: trained to predict 6 frames (clips of 8)",
+        "clevrer-no-relation": "the paper's ODDN w/o relation",
+        "clevrer-iodine-linear": "the paper's IODINE linear: next slots from two frames' by a network, slot by slot",
+        "clevrer-iodine-linear-joint": "the same on all slots together",
+        "towers": "real block towers at 64 pixels, 6 slots",
     },
     "ssm": {
         "debug": "tiny state-space model for tests; seconds",

@@ -1,8 +1,10 @@
 """Iterative inference beside its authors' code: CPU time and memory of one training step in fixed settings.
 
 The models are ``IODINEConfig()`` and ``PROVIDEConfig(num_refinements=5)``: 64 pixels, K = 5, R = 5, decoder and
-refinement of four convolutions with 64 channels, full resolution. IODINE takes 4 clips of 1 frame, PROVIDE 2 of 4. A
-step is forward, backward and Adam on noise, fp32, 2 threads. Every row is measured in a process of its own.
+refinement of four convolutions with 64 channels, full resolution. IODINE takes 4 clips of 1 frame, PROVIDE 2 of 4.
+ODDN, of which there is no other code, takes 1 clip of 4 frames with K = 7; beside its step stands that of the IODINE of
+the baselines' code on the same frames. A step is forward, backward and Adam on noise, fp32, 2 threads. Every row is
+measured in a process of its own.
 """
 
 import itertools
@@ -16,6 +18,7 @@ import torch
 
 from objdyn import families
 from objdyn.models.iodine import IODINEConfig
+from objdyn.models.oddn import ODDNConfig
 from objdyn.models.provide import PROVIDEConfig
 from pipeline.timing import in_child, peak_memory, spread
 
@@ -43,9 +46,13 @@ class Reference(NamedTuple):
     frames: int
     authors: Figures
     most: Figures
-    goal: Figures
+    goal: Figures | None
     cheap_goal: float | None
     """CPU seconds wanted with bf16 autocast or strided refinement."""
+    growth: bool = False
+    """Whether memory is measured over ``LENGTHS``, too."""
+    beside: str = "the authors' code"
+    """What ``authors`` are figures of."""
 
 
 REFERENCES = {
@@ -54,7 +61,12 @@ REFERENCES = {
     ),
     "provide": Reference(
         PROVIDEConfig(num_refinements=5), 2, 4,
-        authors=Figures(24.5, 4.9), most=Figures(9.0, 2.5), goal=Figures(5.0, 1.5), cheap_goal=None,
+        authors=Figures(24.5, 4.9), most=Figures(9.0, 2.5), goal=Figures(5.0, 1.5), cheap_goal=None, growth=True,
+    ),
+    "oddn": Reference(
+        ODDNConfig(), 1, 4,
+        authors=Figures(12.5, 3.6), most=Figures(7.0, 2.5), goal=None, cheap_goal=None,
+        beside="the authors' IODINE alone",
     ),
 }  # fmt: skip
 
@@ -81,10 +93,11 @@ def measure(family: str, steps: int, say: Callable[[str], None]) -> dict[str, An
         "size": config.image_size,
         "threads": THREADS,
         "steps": steps,
+        "beside": reference.beside,
         "rows": rows,
         "verdicts": judge(reference, rows),
     }
-    if reference.frames > 1:
+    if reference.growth:
         growth = {}
         for name in ("as published", "recompute"):
             say(f"reference: memory of {', '.join(map(str, LENGTHS))} frames, {name}")
@@ -148,6 +161,8 @@ def judge(reference: Reference, rows: Mapping[str, Any]) -> dict[str, Any]:
     cpu, memory = plain["cpu_seconds"]["median"], plain["peak_memory_bytes"] / 1e9
     verdicts = {}
     for name, limit in (("target", reference.most), ("goal", reference.goal)):
+        if limit is None:
+            continue
         verdicts[f"CPU s per step, {name}"] = _verdict(cpu, limit.cpu_seconds)
         verdicts[f"peak memory in GB, {name}"] = _verdict(memory, limit.memory)
     if reference.cheap_goal is not None:

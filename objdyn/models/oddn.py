@@ -462,7 +462,7 @@ def start_from_iodine(model: ODDN, config: IODINEConfig, weights: Mapping[str, T
                 f"{getattr(model.config, name)!r}: its refinement would read its inputs wrongly; give both the same"
             )
     own: dict[str, Any] = dict(model.iodine.state_dict())
-    for name in own.keys() | weights.keys():
+    for name in (*own, *(name for name in weights if name not in own)):
         here, there = (tuple(each[name].shape) if name in each else "missing" for each in (own, weights))
         if here != there:
             raise ValueError(
