@@ -483,6 +483,34 @@ def test_slots_without_identity_get_tracks_matched_by_masks(
 
 
 @pytest.mark.usefixtures("without_ray")
+def test_static_latents_and_dynamics_are_columns_apart_beside_the_tracks(
+    make_run: Callable[..., ExtractRun], tmp_path: Path
+):
+    checkpoint = write_checkpoint(tmp_path / "run", seed=0, family="oddn")
+    run = make_run(checkpoint=checkpoint, data=BALLS, limit=1)
+    extract(run)
+    clip = first_ball_clip()
+    model = load_model(checkpoint).model
+    with torch.no_grad():
+        posterior = model.encode(to_model_input(collate([clip])))
+        seen = type(posterior)(*(field[:, :CONTEXT] for field in posterior))
+        future = model.rollout(model.encode(to_model_input(collate([clip]))[:, :CONTEXT]), HORIZON)
+        winners = [segment(model.decode(each, components=True).masks.numpy())[0] for each in (posterior, seen, future)]
+    wanted = match_tracks(winners[0], 3), match_tracks(np.concatenate(winners[1:]), 3)[CONTEXT:]
+    for kind, latents, track in zip(("posterior", "predicted"), (posterior, future), wanted, strict=True):
+        found = tables.load_clip(run.out, clip.key, kind=kind).objects
+        assert {name: values.shape[2:] for name, values in found.items()} == {
+            "static": (8,), "static_log_var": (8,), "dynamics": (4,), "track": ()
+        }  # fmt: skip
+        for name in ("static", "static_log_var", "dynamics"):
+            np.testing.assert_allclose(found[name], getattr(latents, name)[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(found["track"], track)
+    assert not tables.read_manifest(run.out)["object_is_track"]
+    with pytest.raises(ValueError, match="last two frames, got latents of 1; give a context of 2"):
+        extract(make_run(out=str(tmp_path / "other"), checkpoint=checkpoint, data=BALLS, limit=1, context=1))
+
+
+@pytest.mark.usefixtures("without_ray")
 def test_masks_components_and_state_come_on_request(make_run: Callable[..., ExtractRun], tmp_path: Path):
     checkpoint = write_checkpoint(tmp_path / "run", seed=0, family="provide")
     settings: dict[str, Any] = {"checkpoint": checkpoint, "data": BALLS, "limit": 1, "state": True}
