@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from objdyn.clips import Clip
-from objdyn.simulators import balls, bouncing_balls, cannonballs
+from objdyn.simulators import balls, bouncing_balls, cannonballs, clevrer
 
 
 @runtime_checkable
@@ -65,7 +65,7 @@ def _configurable(
     parse: Callable[[str], _AnyOptions],
     episodes: Callable[[_AnyOptions, str, int, int], Sequence[Episode]],
     episodes_per_split: Callable[[_AnyOptions], dict[str, int]],
-    fps: float,
+    fps: float | Callable[[_AnyOptions], float],
 ) -> Callable[[str, int | None], Simulator]:
     """What turns the text of options, and a seed that replaces one among them, into a simulator."""
 
@@ -81,7 +81,7 @@ def _configurable(
             num_frames=options.frames,
             height=options.size,
             width=options.size,
-            fps=fps,
+            fps=fps(options) if callable(fps) else fps,
             episodes=draw,
             configure=configure,
         )
@@ -93,6 +93,9 @@ _bouncing_balls = _configurable(
     bouncing_balls.parse, bouncing_balls.episodes, lambda _: bouncing_balls.EPISODES_PER_SPLIT, bouncing_balls.FPS
 )
 _cannonballs = _configurable(cannonballs.parse, cannonballs.episodes, cannonballs.episodes_per_split, cannonballs.FPS)
+_clevrer = _configurable(
+    clevrer.parse, clevrer.episodes, lambda _: clevrer.EPISODES_PER_SPLIT, lambda options: options.fps
+)
 
 SIMULATORS = {
     "balls-interaction": Simulator(
@@ -106,6 +109,7 @@ SIMULATORS = {
     ),
     "bouncing-balls": _bouncing_balls("", None),
     "cannonballs": _cannonballs("", None),
+    "clevrer-sim": _clevrer("", None),
 }
 """Simulators by name, with their default options; see :func:`simulator`."""
 
