@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -551,17 +552,26 @@ def _run_lengths(mask: object, height: int, width: int) -> UInt8[np.ndarray, "h 
         if not all(type(run) is int and run >= 0 for run in counts) or sum(counts) != height * width:
             return None
         uncompressed: Any = {"size": [height, width], "counts": counts}
-        return coco.decode(coco.frPyObjects(uncompressed, height, width))
+        return _decoded(coco.frPyObjects(uncompressed, height, width))
     text = counts.encode(errors="replace") if isinstance(counts, str) else b""
     # The decoder is C code that trusts its input: a number without an end makes it read on, too few leave memory as
     # it was. So what it made must give the same text again.
     if not _RUNS.fullmatch(text):
         return None
     try:
-        decoded = coco.decode({"size": [height, width], "counts": text})
+        decoded = _decoded({"size": [height, width], "counts": text})
     except ValueError:
         return None
     return decoded if coco.encode(decoded)["counts"] == text else None
+
+
+def _decoded(packed: Any) -> UInt8[np.ndarray, "h w"]:
+    from pycocotools import mask as coco
+
+    with warnings.catch_warnings():
+        # Release 2.0.11 has an __array__ without the argument that NumPy 2 wants to pass.
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        return coco.decode(packed)
 
 
 def _no_masks(video: Video) -> tuple[np.ndarray, np.ndarray]:
