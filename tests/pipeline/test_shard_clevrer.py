@@ -8,6 +8,7 @@ import pytest
 
 from objdyn.clips import Clip, from_sample
 from objdyn.datasets import Found, Video, clevrer
+from pipeline import cluster
 from pipeline import shard as sharding
 from pipeline.config import ShardRun, VerifyRun
 from pipeline.quickstart import write_mp4
@@ -64,17 +65,18 @@ def run_of(source: Path | str, out: Path | str, **changes: Any) -> ShardRun:
     return ShardRun(source=str(source), out=str(out), **{**settings, **changes})
 
 
-@pytest.fixture
-def survey(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Find and probe without Ray."""
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks one after the other, in this process: test_shard.py has them done by Ray."""
     monkeypatch.setattr(
         sharding, "_run_tasks", lambda task, items, label: {i: task(item) for i, item in enumerate(items)}
     )
+    monkeypatch.setattr(cluster, "connect", lambda workers: None)
+    monkeypatch.setattr(cluster, "require_shared", lambda paths: None)
 
-    def survey(run: ShardRun) -> Survey:
-        return sharding.survey(run, *sharding.find_videos(run, run.source))
 
-    return survey
+def survey(run: ShardRun) -> Survey:
+    return sharding.survey(run, *sharding.find_videos(run, run.source))
 
 
 def read_clips(folder: Path) -> dict[str, Clip]:
@@ -86,7 +88,6 @@ def read_clips(folder: Path) -> dict[str, Clip]:
     return clips
 
 
-@pytest.mark.usefixtures("ray_local")
 def test_provides_test_split_is_made_and_its_counts_add_up(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,7 +111,7 @@ def test_provides_test_split_is_made_and_its_counts_add_up(
         "video_10003.mp4": ("select", "no-annotation"),
         "video_10004.mp4": ("select", "no-annotation"),
     }
-    assert rows["video_10001.mp4"]["message"] == "7 objects, more than --max-objects 6"
+    assert rows["video_10001.mp4"]["message"] == "it has 7 objects, more than --max-objects 6"
     # 7 videos and an annotation without one; all files are annotations of these.
     assert "videos 8 = 2 read + 6 quarantined; ignored files 0; clips written 2\n" in out
     assert "note: video_10003.mp4: annotation_10003.json is not used: it holds a JSON NoneType" in out
@@ -121,20 +122,16 @@ def test_provides_test_split_is_made_and_its_counts_add_up(
     assert "test" in verify(VerifyRun(path=str(tmp_path)))
 
 
-def test_real_clevrer_frames_go_through_the_frame_layout(shared: Path, tmp_path: Path, survey: Any) -> None:
-    run = run_of(shared / "data/clevrer_frames", tmp_path, layout="frames", frames=20, fit="squeeze")
-    surveyed = survey(run)
-    assert [(video.frames, video.height, video.width) for video in surveyed.videos] == [(100, 128, 128)] * 3
-    plans, unfit = plan_shards(run, surveyed.videos)
-    built = sharding.build_shards(run, surveyed.root, str(tmp_path / "test"), plans, None)
-    balance = sharding._balance(surveyed, plans, built, unfit)
-    sharding._check_balance(balance, plans, built)
-    assert balance == {
-        "videos": 3, "read": 3, "quarantined": 0, "ignored": 2, "noted": 0, "clips": 15, "lost": 0,
-    }  # fmt: skip
+def test_real_clevrer_frames_go_through_the_frame_layout(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard(run_of(shared / "data/clevrer_frames", tmp_path, layout="frames", fit="squeeze", frames=20, size=64))
+    assert "videos 3 = 3 read + 0 quarantined; ignored files 2; clips written 15\n" in capsys.readouterr().out
+    clips = read_clips(tmp_path / "test")
+    assert {name: clip.start_frame for name, clip in clips.items()} == {"0": 80, "1": 80, "2": 80}  # the last of each
 
 
-def test_a_split_is_what_its_folder_holds_or_what_a_range_names(source: Path, survey: Any) -> None:
+def test_a_split_is_what_its_folder_holds_or_what_a_range_names(source: Path) -> None:
     found = {
         name: {video.source for video in survey(run_of(source, "/none", **changes)).videos}
         for name, changes in {
@@ -152,7 +149,7 @@ def test_a_split_is_what_its_folder_holds_or_what_a_range_names(source: Path, su
     assert (surveyed.ignored, surveyed.quarantined) == (14, ())
 
 
-def test_a_split_that_no_video_is_of_is_refused(source: Path, survey: Any) -> None:
+def test_a_split_that_no_video_is_of_is_refused(source: Path) -> None:
     with pytest.raises(ValueError, match="none of 8 videos is of the split 'test'; there is train and val"):
         survey(run_of(source, "/none"))
 
