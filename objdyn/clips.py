@@ -172,7 +172,7 @@ def from_sample(key: str, members: Mapping[str, bytes | memoryview]) -> Clip:
         frames = _from_webp(key, data, shape)
     else:
         raw = _unzstd(key, data, math.prod(shape)) if codecs[0] == "zstd" else data
-        frames = _from_npy(key, "frames", raw)
+        frames = from_npy(key, "frames", raw)
     if frames.shape != shape or frames.dtype != np.uint8:
         raise ValueError(f"sample {key}: json says frames uint8 {shape}, data are {frames.dtype} {frames.shape}")
     truth = {}
@@ -181,7 +181,7 @@ def from_sample(key: str, members: Mapping[str, bytes | memoryview]) -> Clip:
             continue
         if not name.endswith(".npy"):
             raise ValueError(f"sample {key} has a member {name!r} that is neither frames, json nor <truth>.npy")
-        truth[name.removesuffix(".npy")] = _from_npy(key, name, data).copy()
+        truth[name.removesuffix(".npy")] = from_npy(key, name, data).copy()
     return Clip(key=key, frames=frames, truth=truth, **meta)
 
 
@@ -629,7 +629,12 @@ def _npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _from_npy(key: str, name: str, data: bytes | memoryview) -> np.ndarray:
+def from_npy(key: str, name: str, data: bytes | memoryview) -> np.ndarray:
+    """Decode ``.npy`` bytes of array ``name`` of sample ``key``, a read-only view of them.
+
+    Raises:
+        ValueError: they are damaged, or hold Python objects or another number of bytes than their header claims.
+    """
     # Parsed by hand because numpy would allocate what the header claims before it looks at the length of the data.
     header = io.BytesIO(data[:16384])
     try:

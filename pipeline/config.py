@@ -530,11 +530,20 @@ class ShardRun:
     """Folder, file or s3:// URL of the videos, or ``sim:NAME``, or ``sim:NAME:KEY=VALUE,KEY=VALUE``."""
     out: str
     """Dataset folder or s3:// URL; the split gets a folder inside it."""
-    layout: Literal["videos", "frames", "gswm-hdf5", "rnem-hdf5", "webdataset"] = "videos"
-    """What the source holds: video files, a folder of numbered images per video, G-SWM's HDF5, R-NEM's HDF5,
-    tars of video files."""
+    layout: Literal["videos", "frames", "gswm-hdf5", "rnem-hdf5", "webdataset", "clevrer", "towers"] = "videos"
+    """What the source holds: video files, a folder of numbered images per video, G-SWM's HDF5, R-NEM's HDF5, tars of
+    video files, CLEVRER's video_00000.mp4 with annotation_00000.json and more beside it at any depth, block towers in
+    either of the first two ways."""
     split: str = "train"
-    """Name of the split; of a simulator, which of its splits."""
+    """Name of the split; of a simulator, which of its splits; of clevrer, where the source holds several, which of
+    train, val and test; of towers, train or test: 393 or 100 of 493 videos, drawn with the seed."""
+    video_range: str = ""
+    """FIRST-LAST: of clevrer, the videos of these numbers are the split, such as 11000-11999, DDLP's test videos."""
+    clips: Literal["whole", "provide", "ddlp"] = "whole"
+    """Where clips are cut: all over the video, from start to stop; or, of clevrer, one clip where all objects come into
+    view, of videos in which they stay for 40 frames (PROVIDE's test); or frames 18 to 117 (DDLP)."""
+    max_objects: int | None = None
+    """Of clevrer, leave out videos with more annotated objects, such as the slots of a model hold; None takes all."""
     frames: int = 20
     """Frames of a clip."""
     stride: int = 1
@@ -562,7 +571,7 @@ class ShardRun:
     limit: int | None = None
     """Only the first videos, so many; None takes all."""
     seed: int | None = None
-    """Seed of a simulator; None gives its published data. Files have no use for it."""
+    """Seed of a simulator, None gives its published data; or of the split of towers, None is 0."""
     max_quarantined: float = 0.01
     """Share of the inputs that may be unusable; more is an error from 100 inputs on, a warning below."""
     workers: int | None = None
@@ -588,7 +597,7 @@ class ShardRun:
                 raise ValueError(f"{name} must be more than 0 and at most 1,000,000, got {getattr(self, name)}")
         if self.max_memory_gb < 0.2:
             raise ValueError(f"max_memory_gb must be at least 0.2, or no decoder can start, got {self.max_memory_gb}")
-        for name in ("clips_per_shard", "limit", "workers", "max_frames", "max_pixels"):
+        for name in ("clips_per_shard", "limit", "workers", "max_frames", "max_pixels", "max_objects"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -598,7 +607,29 @@ class ShardRun:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if not 0 <= self.max_quarantined <= 1:
             raise ValueError(f"max_quarantined is a share in [0, 1], got {self.max_quarantined}")
+        asked = {"video_range": self.video_range, "clips": self.clips != "whole", "max_objects": self.max_objects}
+        if self.layout != "clevrer" and any(asked.values()):
+            name = next(name for name, value in asked.items() if value)
+            raise ValueError(f"{name} is for layout 'clevrer', got layout {self.layout!r}")
+        if self.clips != "whole" and (self.start, self.stop) != (0, None):
+            raise ValueError(f"clips={self.clips!r} says where clips start and stop; leave start and stop as they are")
+        if self.clips == "provide" and self.hop is not None:
+            raise ValueError("clips='provide' takes one clip of each video; leave hop as it is")
+        self.numbers()
         self.preprocessing()
+
+    def numbers(self) -> range | None:
+        """Return the numbers that ``video_range`` names, None where it is empty.
+
+        Raises:
+            ValueError: it is not two whole numbers in order.
+        """
+        if not self.video_range:
+            return None
+        found = re.fullmatch(r"(\d+)-(\d+)", self.video_range)
+        if not found or int(found[1]) > int(found[2]):
+            raise ValueError(f"video_range must be FIRST-LAST, such as 10000-10999, got {self.video_range!r}")
+        return range(int(found[1]), int(found[2]) + 1)
 
     def preprocessing(self) -> "Preprocessing":
         """Return what a reader needs of these settings.
@@ -606,6 +637,7 @@ class ShardRun:
         Raises:
             ValueError: one of them is impossible.
         """
+        from objdyn.datasets.clevrer import DDLP_FRAMES
         from objdyn.datasets.preprocessing import Preprocessing
 
         corners: tuple[int, int, int, int] | None = None
@@ -614,12 +646,13 @@ class ShardRun:
                 raise ValueError(f"crop must be four whole numbers x0,y0,x1,y1, got {self.crop!r}")
             x0, y0, x1, y1 = (int(number) for number in self.crop.split(","))
             corners = (x0, y0, x1, y1)
+        start, stop = DDLP_FRAMES if self.clips == "ddlp" else (self.start, self.stop)
         return Preprocessing(
             frames=self.frames,
             stride=self.stride,
-            hop=self.hop,
-            start=self.start,
-            stop=self.stop,
+            hop=1 if self.clips == "provide" else self.hop,
+            start=start,
+            stop=stop,
             crop=corners,
             fit=self.fit,
             filter=self.filter,
@@ -703,7 +736,7 @@ class DoctorRun:
     """Dataset folder or s3:// URL that is to be trained on; empty skips that."""
     out: str = ""
     """Folder or s3:// URL that must be writable; empty takes the folder of runs, ~/objdyn/runs."""
-    layout: Literal["videos", "frames", "gswm-hdf5", "rnem-hdf5", "webdataset"] = "videos"
+    layout: Literal["videos", "frames", "gswm-hdf5", "rnem-hdf5", "webdataset", "clevrer", "towers"] = "videos"
     """What the source holds, as for make_shards.py."""
     frames: int = 20
     """Frames of a clip, for estimating the dataset that the source gives; their size is the preset's."""

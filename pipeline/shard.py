@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from objdyn.clips import Clip, to_sample
-from objdyn.datasets import LAYOUTS, Cut, Fault, Found, Limits, Video, VideoError
+from objdyn.datasets import LAYOUTS, Cut, Fault, Found, Limits, Preprocessing, Video, VideoError, clevrer
 from objdyn.simulators import Simulator, simulator
 from pipeline import failpoints, isolate, store
 from pipeline.config import ShardRun
@@ -46,6 +46,10 @@ _OR_LIMITS = (
 )
 OWNER = "objdyn"
 """Owner of every tar member; a fixed one, so that tars do not depend on who wrote them."""
+
+NOT_DAMAGED = ("find", "select")
+"""Stages whose rows are no damage, so they do not count against ``max_quarantined``: what belongs to no video, and what
+the run's own settings leave out."""
 
 READING_FAILS = (ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, EOFError)
 """What readers raise on bad input; the storage's errors, and those of this program, are none of a video's."""
@@ -70,7 +74,7 @@ class Quarantined(NamedTuple):
 
     source: str
     stage: str
-    """``scan``, ``probe``, ``plan`` or ``build``."""
+    """``find``, ``scan``, ``probe``, ``select``, ``plan`` or ``build``."""
     code: str
     message: str
 
@@ -144,8 +148,8 @@ def shard(run: ShardRun) -> str:
     cluster.require_shared([path for path in (source, folder) if not path.startswith("sim:")])
 
     surveyed = survey(run, root, found)
-    plans, too_short = plan_shards(run, surveyed.videos)
-    quarantined = [*surveyed.quarantined, *too_short]
+    plans, unfit = plan_shards(run, surveyed.videos)
+    quarantined = [*surveyed.quarantined, *unfit]
     built: list[Built] = []
     reason = _refusal(run, surveyed, quarantined, sum(plan.clips for plan in plans))
     if not reason:
@@ -178,7 +182,9 @@ def find_videos(run: ShardRun, source: str) -> tuple[str, Found]:
     if splits and run.split not in splits:
         raise ValueError(f"--layout {run.layout} has the splits {', '.join(splits)}, not {run.split!r}")
     root, listing = list_source(source)
-    found = LAYOUTS[run.layout].find(listing)
+    found, select = LAYOUTS[run.layout].find(listing), LAYOUTS[run.layout].select
+    if select:
+        found = select(found, run.split, run.seed or 0, run.numbers())
     if splits:
         found = found._replace(videos=tuple(v for v in found.videos if v.source.endswith(f"/{splits[run.split]}")))
     if not found.videos:
@@ -193,7 +199,7 @@ def survey(run: ShardRun, root: str, found: Found) -> Survey:
     """Open files that hold several videos, and count the frames of every video by decoding."""
     if run.source.startswith("sim:"):
         return Survey(root, found.videos, (), 0)
-    videos, ignored, quarantined = found.videos, found.ignored, [_quarantined(fault, "scan") for fault in found.faults]
+    videos, ignored, quarantined = found.videos, found.ignored, [_quarantined(fault, "find") for fault in found.faults]
     if LAYOUTS[run.layout].scan is not None:
         items = [_to_json(video) for video in videos]
         scanned = _run_all(
@@ -222,20 +228,18 @@ def survey(run: ShardRun, root: str, found: Found) -> Survey:
 
 
 def plan_shards(run: ShardRun, videos: Sequence[Video]) -> tuple[list[Plan], list[Quarantined]]:
-    """Assign keys and shards by position; also name the videos that are too short for a clip."""
+    """Assign keys and shards by position; also name the videos that give no clip: too short, or left out."""
     preprocessing = run.preprocessing()
-    starts = [preprocessing.starts(video.frames) if video.frames else range(0) for video in videos]
-    last = preprocessing.start + preprocessing.span
-    too_short = [
-        Quarantined(
-            video.source,
-            "plan",
-            "too-short",
-            f"{video.frames} frames; {run.frames} with stride {run.stride} from frame {run.start} on need {last}",
-        )
-        for video, first in zip(videos, starts, strict=True)
-        if video.frames and not first
-    ]
+    starts: list[range] = []
+    unfit = []
+    for video in videos:
+        first = range(0)
+        try:
+            first = _starts(run, preprocessing, video) if video.frames else first
+        except VideoError as error:
+            stage = "plan" if error.code == "too-short" else "select"
+            unfit.append(Quarantined(video.source, stage, error.code, str(error)))
+        starts.append(first)
     v = max(5, len(str(len(videos) - 1)))
     c = max(4, len(str(max(map(len, starts), default=1) - 1)))
     # The split's name comes first, so that tables of several splits can be joined.
@@ -251,7 +255,26 @@ def plan_shards(run: ShardRun, videos: Sequence[Video]) -> tuple[list[Plan], lis
             for i, group in itertools.groupby(chunk, key=lambda entry: entry[0])
         ]
         plans.append(Plan(len(plans), tuple(parts)))
-    return plans, too_short
+    return plans, unfit
+
+
+def _starts(run: ShardRun, preprocessing: Preprocessing, video: Video) -> range:
+    """First frames of a video's clips.
+
+    Raises:
+        VideoError: it is too short for one, or the run's settings leave it out.
+    """
+    if run.max_objects is not None and (video.objects or 0) > run.max_objects:
+        raise VideoError(
+            "too-many-objects", f"it has {video.objects} objects, more than --max-objects {run.max_objects}"
+        )
+    if run.clips == "provide":
+        return clevrer.provide_starts(video, preprocessing)
+    if starts := preprocessing.starts(video.frames):
+        return starts
+    need, start = preprocessing.start + preprocessing.span, preprocessing.start
+    wanted = f"{run.frames} with stride {run.stride} from frame {start} on need {need}"
+    raise VideoError("too-short", f"{video.frames} frames; {wanted}")
 
 
 def clips_per_shard(run: ShardRun) -> int:
@@ -800,8 +823,11 @@ def _settings(run: ShardRun, source: str) -> dict[str, Any]:
             "frames": run.frames,
             "stride": run.stride,
             "hop": preprocessing.hop or run.frames * run.stride,
-            "start": run.start,
-            **({} if run.stop is None else {"stop": run.stop}),
+            "start": preprocessing.start,
+            **({} if preprocessing.stop is None else {"stop": preprocessing.stop}),
+            **({} if run.clips == "whole" else {"clips": run.clips}),
+            **({"video_range": run.video_range} if run.video_range else {}),
+            **({} if run.max_objects is None else {"max_objects": run.max_objects}),
             "crop": preprocessing.crop and list(preprocessing.crop),
             "fit": run.fit,
             "filter": run.filter,
@@ -902,7 +928,8 @@ def _refusal(run: ShardRun, survey: Survey, quarantined: Sequence[Quarantined], 
 
 def _excess(run: ShardRun, survey: Survey, quarantined: Sequence[Quarantined]) -> str:
     """Say by how much the unusable share passes the limit; empty if it does not."""
-    inputs, unusable = _inputs(survey), len({row.source for row in quarantined})
+    left = {row.source for row in quarantined if row.stage in NOT_DAMAGED}
+    inputs, unusable = _inputs(survey) - len(left), len({row.source for row in quarantined} - left)
     if unusable <= run.max_quarantined * inputs:
         return ""
     return f"{unusable} of {inputs} inputs cannot be used, more than --max-quarantined {run.max_quarantined}"

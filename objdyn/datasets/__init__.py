@@ -1,15 +1,15 @@
 """Readers of published formats: a listing and an ``open`` in, clips out.
 
-A layout is four functions. ``find`` sees names only; ``scan``, where one file holds several videos, opens the file and
-lists them; ``probe`` decodes a video once to count its frames; ``read`` cuts clips. ``Limits`` bound what a video may
-cost; beyond them it is refused by a ``VideoError``.
+A layout is some functions. ``find`` and ``select`` see names only; ``scan``, where one file holds several videos, opens
+the file and lists them; ``probe`` decodes a video once to count its frames; ``read`` cuts clips. ``Limits`` bound what
+a video may cost; beyond them it is refused by a ``VideoError``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from objdyn.clips import NO_LIMITS, Clip, Limits, VideoError
-from objdyn.datasets import frames, gswm_hdf5, rnem_hdf5, videos, webdataset
+from objdyn.datasets import clevrer, frames, gswm_hdf5, rnem_hdf5, towers, videos, webdataset
 from objdyn.datasets.preprocessing import Preprocessing
 from objdyn.datasets.sources import Cut, Fault, Found, Open, Video
 
@@ -42,6 +42,12 @@ class Read(Protocol):
     ) -> Iterator[Clip]: ...
 
 
+class Select(Protocol):
+    """Keeps the videos of one split, where one folder may hold several; see ``clevrer.select``, ``towers.select``."""
+
+    def __call__(self, found: Found, split: str, seed: int = 0, numbers: range | None = None) -> Found: ...
+
+
 class Layout(NamedTuple):
     """How one published format is read."""
 
@@ -54,9 +60,14 @@ class Layout(NamedTuple):
     """What ``find`` looks for, for messages."""
     splits: Mapping[str, str] | None = None
     """Where a file holds several splits: the last part of a container's name by split; None where all is one split."""
+    select: Select | None = None
+    """None where all that ``find`` finds is one split."""
 
 
 LAYOUTS = {
+    "clevrer": Layout(
+        clevrer.find, None, clevrer.probe, clevrer.read, "files video_00000.mp4, of any number", select=clevrer.select
+    ),
     "videos": Layout(videos.find, None, videos.probe, videos.read, f"files {', '.join(videos.EXTENSIONS)}"),
     "frames": Layout(
         frames.find, None, frames.probe, frames.read, f"folders of numbered images {', '.join(frames.EXTENSIONS)}"
@@ -71,6 +82,14 @@ LAYOUTS = {
         rnem_hdf5.read,
         f"files {', '.join(gswm_hdf5.EXTENSIONS)}",
         rnem_hdf5.SPLITS,
+    ),
+    "towers": Layout(
+        towers.find,
+        None,
+        towers.probe,
+        towers.read,
+        f"files {', '.join(videos.EXTENSIONS)}, nor folders of numbered images {', '.join(frames.EXTENSIONS)}",
+        select=towers.select,
     ),
     "webdataset": Layout(webdataset.find, webdataset.scan, webdataset.probe, webdataset.read, "files .tar"),
 }

@@ -35,6 +35,10 @@ class Video:
     """Where a decoder may seek to, see ``clips.VideoInfo``."""
     note: str = ""
     """What is odd about it without making it unusable."""
+    objects: int | None = None
+    """Objects that its annotation lists; None where there is none."""
+    visible: tuple[int, int] = (0, 0)
+    """First frame, and the one after the last, of the part in which its annotation has every object in view."""
 
 
 class Fault(NamedTuple):

@@ -1,7 +1,7 @@
 """A folder of video files, in any sub-folders: mp4, avi, webm, mov, gif, mkv."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -58,15 +58,16 @@ def read(
     preprocessing: Preprocessing,
     fps: float = 1.0,
     limits: Limits = NO_LIMITS,
+    truth: Callable[[range], Mapping[str, np.ndarray]] = lambda indices: {},
 ) -> Iterator[Clip]:
-    """Decode and cut clips; ``fps`` stands in where the file states no rate.
+    """Decode and cut clips; ``fps`` stands in where the file states no rate, ``truth`` gives what is known of frames.
 
     Raises:
         ValueError: the video does not decode as far as it must, or the crop leaves its frames.
     """
     with open_file(video.files[0]) as file:
         yield from cut_clips(
-            video, cuts, preprocessing, fps, lambda wanted: _frames(file, wanted, video.keyframes, limits)
+            video, cuts, preprocessing, fps, lambda wanted: _frames(file, wanted, video.keyframes, limits), truth
         )
 
 
