@@ -401,10 +401,12 @@ class _Asker:
         else:
             for verdict in self.random.sample(list(held), 2):
                 counts[verdict] += min(len(held[verdict]) - counts[verdict], most - sum(counts.values()))
-        chosen = [(verdict, *draw) for verdict in VERDICTS for draw in held[verdict][: counts[verdict]]]
+        chosen: list[tuple[Verdict, Draw]] = []
+        for verdict in VERDICTS:
+            chosen += [(verdict, draw) for draw in held[verdict][: counts[verdict]]]
         return tuple(
             Choice(i, text, self._renamed(own), verdict)
-            for i, (verdict, text, own) in enumerate(self._shuffled(chosen))
+            for i, (verdict, (text, own)) in enumerate(self._shuffled(chosen))
         )
 
     # -- what draws have in common

@@ -118,6 +118,8 @@ MODULES: dict[str, tuple[Signature, ...]] = {
 """By name, the types that a module takes and the one that it yields; several where these go together."""
 MODULES |= {alias: MODULES[name] for alias, name in ALIASES.items()}
 
+MAX_TOKENS = 500
+"""Of a program; CLEVRER's have some forty."""
 GIVEN = "the choice"
 """Token of the leaf that stands for what a choice gives to its question's program; printed as nothing."""
 _LEFT_OUT = ("events", "filter_start"), ("events", "filter_end")
@@ -148,9 +150,11 @@ def parse(program: Sequence[str], wanted: Type = ANSWER, *, choices: bool = Fals
 
     Raises:
         UnknownTokenError: a token is neither a module nor a word.
-        ValueError: an input is missing, left over or of another type, or the program is empty; like the above it names
-            the token and its position.
+        ValueError: an input is missing, left over or of another type, which names the token and its position; or the
+            program is empty or has more than MAX_TOKENS.
     """
+    if len(program) > MAX_TOKENS:
+        raise ValueError(f"the program has {len(program)} tokens, more than the {MAX_TOKENS} allowed")
     stack = [Node(GIVEN, (), CHOICE, -1)] if choices else []
     for position, token in enumerate(program):
         where = f"program token {position}, {token!r},"

@@ -4,6 +4,7 @@ The published files are a list with one entry per video. A dict from the video's
 files without programs and answers (the test split). Source: the data set's README; the fields are in ``Question``.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ QuestionType = Literal["descriptive", "explanatory", "predictive", "counterfactu
 QUESTION_TYPES: tuple[QuestionType, ...] = get_args(QuestionType)
 Verdict = Literal["correct", "wrong"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+
+MESSAGE_LENGTH = 400
+"""Characters of a fault's message."""
 
 _ANSWERS_OF = {
     Type.COUNT: ANSWERS[:6],
@@ -129,7 +133,7 @@ def from_json(data: Any, source: str) -> QuestionFile:
             if index in videos:
                 raise _Unusable("duplicate", f"scene {index} has two entries; its {len(items)} questions are left out")
         except _Unusable as error:
-            faults.append(Fault(scene, "", error.code, f"{source}, {scene}: {error}"))
+            faults.append(_fault(source, scene, "", error))
             found += len(_questions_of(entry))
             continue
         questions: dict[int, Question] = {}
@@ -143,8 +147,7 @@ def from_json(data: Any, source: str) -> QuestionFile:
                 if question.question_id in questions:
                     raise _Unusable("duplicate", f"the video has two questions {question.question_id}")
             except _Unusable as error:
-                message = f"{source}, scene {scene}, question {label}: {error}"
-                faults.append(Fault(scene, label, error.code, message))
+                faults.append(_fault(source, scene, label, error))
                 continue
             questions[question.question_id] = question
             missing += absent
@@ -189,27 +192,43 @@ def check(question: Question) -> None:
         raise ValueError(f"question {question.question_id}: {error}") from error
 
 
+def _fault(source: str, scene: str, question: str, error: _Unusable) -> Fault:
+    where = f"{source}, {scene if scene.startswith('entry') else f'scene {scene}'}"
+    message = f"{where}, question {question}: {error}" if question else f"{where}: {error}"
+    return Fault(scene, _printable(question), error.code, _printable(message))
+
+
+def _printable(text: str) -> str:
+    """The text as every file and terminal takes it: on one line, not endless, without halves of characters."""
+    text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]}..."
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value == value.encode("utf-8", "replace").decode()
+
+
 def _entry(key: Any, entry: Any, missing: Counter[str]) -> tuple[int, str | None, list[Any]]:
     if not isinstance(entry, Mapping):
         raise _Unusable("bad-entry", f"wanted an object with a video's questions, got {type(entry).__name__}")
     name = entry.get("video_filename")
     if name is None:
         missing["video_filename"] += 1
-    elif not isinstance(name, str):
+    elif not _is_text(name):
         raise _Unusable("bad-entry", f"video_filename must be text, got {name!r}")
-    index = entry.get("scene_index")
+    index: Any = entry.get("scene_index")
     if index is None:
         missing["scene_index"] += 1
-        index = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else None
-    if index is None or isinstance(index, bool) or not isinstance(index, int) or index < 0:
-        raise _Unusable("bad-entry", f"scene_index must be a whole number from 0, got {entry.get('scene_index')!r}")
+        index = int(key) if isinstance(key, str) and re.fullmatch("[0-9]{1,9}", key) else key
+    if not _is_number(index):
+        raise _Unusable("bad-entry", f"scene_index must be a whole number from 0, got {index!r}")
     items = entry.get("questions")
     if items is None:
         missing["questions"] += 1
         items = []
     if not isinstance(items, list):
         raise _Unusable("bad-entry", f"questions must be a list, got {type(items).__name__}")
-    return index, name, items
+    return int(index), name, items
 
 
 def _questions_of(entry: Any) -> Sequence[Any]:
@@ -238,7 +257,7 @@ def _question(item: Any, number: int, missing: Counter[str]) -> Question:
         answer=None if answer is None else str(answer),
         choices=choices,
     )
-    if not (question.subtype is None or isinstance(question.subtype, str)):
+    if not (question.subtype is None or _is_text(question.subtype)):
         raise _Unusable("bad-value", f"question_subtype must be text, got {question.subtype!r}")
     _check(question)
     return question
@@ -306,7 +325,15 @@ def _value(
 
 def _number(item: Mapping[str, Any], key: str, place: int, missing: Counter[str], prefix: str = "") -> int:
     value = _value(item, key, int, missing, prefix)
-    return place if value is None else value
+    if value is None:
+        return place
+    if not _is_number(value):
+        raise _Unusable("bad-value", f"{prefix}{key} must be a whole number from 0, got {value!r}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
 def _program(item: Mapping[str, Any], missing: Counter[str], label: str) -> tuple[str, ...] | None:
