@@ -2,7 +2,7 @@
 
 Each question is drawn as a sentence together with its program, and the executor's answer is stored. A draw is kept only
 if it has an answer, if the objects that it names are told apart by the words it uses, and if the answer does not hang
-on a hair: it must stay when events come two frames later, when ``still_speed`` is halved and doubled, and in every
+on a hair: it must stay when events come three frames later, when ``still_speed`` is halved and doubled, and in every
 other World that the caller gives (the same scene simulated from perturbed starts, for example). Of the draws for one
 question an answer is chosen first, then a draw with that answer, so that rare answers are not drowned.
 
@@ -27,10 +27,12 @@ from typing import Literal, NamedTuple, TypeVar
 from objdyn.clevrer import COLORS, MATERIALS, SHAPES, Event, History, World
 from objdyn.questions.executor import Executor, NoAnswerError, Occurrence
 from objdyn.questions.programs import ANSWERS, ORDERS, Type, parse, published
-from objdyn.questions.records import VERDICTS, Choice, Question, QuestionType, Verdict, VideoQuestions, check
+from objdyn.questions.records import Choice, Question, QuestionType, Verdict, VideoQuestions, check
 
 PROPERTIES = {"color": COLORS, "material": MATERIALS, "shape": SHAPES}
 SUBTYPES = ("count", "exist", "query_color", "query_material", "query_shape")
+LATER = 3
+"""Frames by which an event may come later without changing an answer."""
 DRAWS = 24
 """Sentences drawn for one question."""
 
@@ -402,8 +404,8 @@ class _Asker:
             for verdict in self.random.sample(list(held), 2):
                 counts[verdict] += min(len(held[verdict]) - counts[verdict], most - sum(counts.values()))
         chosen: list[tuple[Verdict, Draw]] = []
-        for verdict in VERDICTS:
-            chosen += [(verdict, draw) for draw in held[verdict][: counts[verdict]]]
+        for verdict, own in held.items():
+            chosen.extend((verdict, draw) for draw in own[: counts[verdict]])
         return tuple(
             Choice(i, text, self._renamed(own), verdict)
             for i, (verdict, (text, own)) in enumerate(self._shuffled(chosen))
@@ -471,9 +473,9 @@ def _passages(way: str, who: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _shaken(world: World) -> list[World]:
-    """The World with every second event two frames later, once the odd and once the even ones, and another speed limit.
+    """The World with every second event three frames later, the even or the odd ones, and another limit of speed.
 
-    Of two events at most two frames apart, one World turns the order or makes them one frame's.
+    Of two successive events less than three frames apart, one of these Worlds turns the order.
     """
     return [
         dataclasses.replace(
@@ -490,6 +492,6 @@ def _delayed(history: History, shown: int, odd: int) -> History:
     events = []
     for place, event in enumerate(sorted(history.events, key=lambda event: event.frame)):
         last = (shown if event.frame < shown else history.frames) - 1
-        frame = event.frame if place % 2 != odd else min(event.frame + 2, max(last, event.frame))
+        frame = event.frame if place % 2 != odd else min(event.frame + LATER, max(last, event.frame))
         events.append(Event(event.kind, frame, event.objects))
     return dataclasses.replace(history, events=tuple(sorted(events, key=lambda event: event.frame)))

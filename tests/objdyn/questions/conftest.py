@@ -112,12 +112,12 @@ def world() -> World:
     )
 
 
-@pytest.fixture(name="make_world")
+@pytest.fixture(name="make_world", scope="session")
 def make() -> Make:
     return make_world
 
 
-@pytest.fixture(name="random_world")
+@pytest.fixture(name="random_world", scope="session")
 def random() -> Callable[[int], World]:
     return random_world
 
