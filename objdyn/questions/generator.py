@@ -11,7 +11,8 @@ question an answer is chosen first, then a draw with that answer, so that rare a
   are no choices, as in the published questions.
 - predictive: which pair collides after the last shown frame. Nothing is asked of a video without such a collision.
 - counterfactual: which pair collides in the video without an object, which is of no pair. Pairs that would collide only
-  later are no choices.
+  later are no choices. The choices may be all correct or all wrong if one of them collides in the video as it is; for
+  the question is negated as often as not, the answers stay balanced.
 
 Source of the forms: the explanatory ones are those of the published questions; of the other types, the examples in Yi
 et al., "CLEVRER" (2020), Figures 1, 8 to 11, and the vocabulary of all published questions.
@@ -297,7 +298,7 @@ class _Asker:
             negated = self.random.random() < 0.5
             text = f"Which of the following is {'not ' if negated else ''}responsible for {draw[0]}?"
             program = ("events", *draw[1], "filter_ancestor", "belong_to", *(("negate",) if negated else ()))
-            choices = self._choices(self._causes(target), program, self.config.choices, even=False)
+            choices = self._choices(self._causes(target), program, self.config.choices, "mixed")
             if choices:
                 told += 1
                 yield self._question(text, "explanatory", program, choices=choices)
@@ -319,7 +320,7 @@ class _Asker:
         text = self.random.choice(("Which event will happen next?", "What will happen next?"))
         program = ("unseen_events", "belong_to")
         draws = self._meetings(self._shuffled(combinations(self.executor.objects, 2)))
-        choices = self._choices(draws, program, self.config.predictive_choices, even=True)
+        choices = self._choices(draws, program, self.config.predictive_choices, "even")
         if choices and self.config.predictive:
             yield self._question(text, "predictive", program, choices=choices)
 
@@ -341,9 +342,9 @@ class _Asker:
             ask = self.random.choice(("what", "which event", "which of the following"))
             text = form.format(who=who.noun, ask=ask, Ask=ask.capitalize(), no="not " if negated else "")
             program = ("all_events", *who.unique, "filter_counterfact", "belong_to", *(("negate",) if negated else ()))
-            choices = self._choices(
-                self._meetings(self._pairs_without(index)), program, self.config.choices, even=False
-            )
+            pairs = self._pairs_without(index)
+            changed = any(event.objects in pairs for event in self.collisions)
+            choices = self._choices(self._meetings(pairs), program, self.config.choices, "any" if changed else "mixed")
             if choices:
                 told += 1
                 yield self._question(text, "counterfactual", program, choices=choices)
@@ -381,14 +382,17 @@ class _Asker:
         }
         return self.random.choice(forms[event.kind]).format(who.noun), (*_passages(event.kind, who.unique), "unique")
 
-    def _choices(self, draws: list[Draw], program: tuple[str, ...], most: int, *, even: bool) -> tuple[Choice, ...]:
-        """Half correct and half wrong ones where the draws allow, in random order; at least one of each, or none.
+    def _choices(
+        self, draws: list[Draw], program: tuple[str, ...], most: int, mixture: Literal["even", "mixed", "any"]
+    ) -> tuple[Choice, ...]:
+        """Half correct and half wrong ones where the draws allow, in random order; none if they cannot be mixed so.
 
         Args:
             draws: sentences and programs of choices, the preferred first.
             program: the question's.
             most: so many at most.
-            even: as many correct as wrong; otherwise one may be left out and the larger group fills up.
+            mixture: ``even`` takes as many correct as wrong ones; ``mixed`` at least one of each, and fills up with the
+                larger group; ``any`` two at least.
         """
         held: dict[Verdict, list[Draw]] = {"correct": [], "wrong": []}
         for text, own in draws:
@@ -396,13 +400,13 @@ class _Asker:
             if answer is not None and self._holds((*own, *program), answer):
                 held["correct" if answer == "yes" else "wrong"].append((text, own))
         counts = {verdict: min(len(held[verdict]), most // 2) for verdict in held}
-        if not all(counts.values()):
-            return ()
-        if even:
+        if mixture == "even":
             counts = dict.fromkeys(counts, min(counts.values()))
         else:
             for verdict in self.random.sample(list(held), 2):
                 counts[verdict] += min(len(held[verdict]) - counts[verdict], most - sum(counts.values()))
+        if sum(counts.values()) < 2 or (mixture == "mixed" and not all(counts.values())):
+            return ()
         chosen: list[tuple[Verdict, Draw]] = []
         for verdict, own in held.items():
             chosen.extend((verdict, draw) for draw in own[: counts[verdict]])
