@@ -23,6 +23,7 @@ from objdyn.models.iodine import IODINEConfig
 from objdyn.models.oddn import ODDNConfig
 from objdyn.models.provide import PROVIDEConfig
 from objdyn.models.ssm import SSMConfig
+from objdyn.questions.generator import GeneratorConfig
 
 if TYPE_CHECKING:
     from objdyn.datasets.preprocessing import Preprocessing
@@ -685,6 +686,36 @@ class Hdf5Run:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not self.train + self.val + self.test:
             raise ValueError("train, val and test are all 0; ask for videos of one of them")
+
+
+@dataclass(frozen=True)
+class ReadQuestionsRun:
+    """A file of CLEVRER's questions as a table."""
+
+    source: str
+    """Question file or s3:// URL: train.json, validation.json, test.json or one of that form."""
+    out: str
+    """Parquet file or s3:// URL to write; an earlier one is replaced. FILE.quarantine.parquet is written beside it."""
+
+    def __post_init__(self) -> None:
+        if not self.out.endswith(".parquet"):
+            raise ValueError(f"out must name a file FILE.parquet, got {self.out!r}")
+
+
+@dataclass(frozen=True)
+class MakeQuestionsRun:
+    """Questions about simulated videos, in CLEVRER's question file."""
+
+    scenes: str
+    """Folder or s3:// URL that simulate_clevrer.py wrote."""
+    out: str
+    """Question file FILE.json or s3:// URL to write; an earlier one is replaced."""
+    questions: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """How many, and in which form."""
+
+    def __post_init__(self) -> None:
+        if not self.out.endswith(".json"):
+            raise ValueError(f"out must name a file FILE.json, got {self.out!r}")
 
 
 @dataclass(frozen=True)
