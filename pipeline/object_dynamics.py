@@ -511,15 +511,17 @@ def _probe_table(models: Sequence[Model], found: Found, probes: Mapping[str, dic
         fitted = probes[model.name]
         if isinstance(fitted, str):
             rows.append(Row(model.name, "ours", {}, {"*": fitted}))
+            if model.name in found.vectors:
+                vectors = found.vectors[model.name]
+                notes.append(f"{model.name}: {len(vectors.clip)} pairs; left out: {_left_out(vectors)}.")
             continue
         for name, probe in fitted.items():
             values = {"r2_y": [_finite(probe.r2[0])], "r2_x": [_finite(probe.r2[1])], "r2": [_finite(probe.r2_overall)]}
             rows.append(Row(f"{model.name}, from {name}", "ours", values, {"*": "no held-out object moves along it"}))
-        any_of, dropped = fitted["dynamics"], found.vectors[model.name].dropped
-        lost = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+        any_of = fitted["dynamics"]
         notes.append(
             f"{model.name}: fitted on {any_of.train_pairs} pairs of {any_of.train_clips} videos, measured on "
-            f"{any_of.test_pairs} of {any_of.test_clips}; left out: {lost or 'none'}."
+            f"{any_of.test_pairs} of {any_of.test_clips}; left out: {_left_out(found.vectors[model.name])}."
         )
     if found.unusable:
         notes.append(f"Clips that could not be probed, at least in part: {len(found.unusable)}. {found.unusable[0]}.")
@@ -530,6 +532,10 @@ def _probe_table(models: Sequence[Model], found: Found, probes: Mapping[str, dic
     )
     title = "Probe. R^2 of a linear map to the object's velocity per sampled step"
     return Table(title, ("",), tuple(rows), tuple(notes), ("r2_y", "r2_x", "r2"), FORMATS)
+
+
+def _left_out(vectors: Vectors) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in vectors.dropped.items() if count) or "none"
 
 
 def _verdicts(name: str, prediction: Table, probes: dict[str, Probe] | str) -> list[str]:
@@ -562,15 +568,19 @@ def _about(model: Model) -> dict[str, Any]:
 
 
 def _probes_json(model: Model, found: Found, probes: dict[str, Probe] | str) -> dict[str, Any]:
-    if isinstance(probes, str):
+    if model.name not in found.vectors:
         return {"reason": probes}
     vectors = found.vectors[model.name]
-    speed = float(np.sqrt(np.square(vectors.velocity).sum(axis=1).mean()))
-    return {
+    told: dict[str, Any] = {
         "unit": UNIT,
         "least_iou": LEAST_IOU,
         "pairs": len(vectors.clip),
         "dropped": dict(vectors.dropped),
+    }
+    if isinstance(probes, str):
+        return told | {"reason": probes}
+    speed = float(np.sqrt(np.square(vectors.velocity).sum(axis=1).mean()))
+    return told | {
         "root_mean_square_speed": speed,
         "from": {name: _numbers(probe) for name, probe in probes.items()},
     }

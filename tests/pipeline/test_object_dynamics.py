@@ -233,9 +233,9 @@ def test_too_few_clips_for_a_probe_are_a_reason_and_an_old_map_goes(tmp_path: Pa
     measure(run, tmp_path)
     text, stored = measure(run, tmp_path, limit=1)
     assert not (tmp_path / "out" / "probe.json").exists()
-    assert stored["probes"]["oracle"] == {
-        "reason": "a probe needs clips of at least 2 videos, one of them held out, got 1"
-    }
+    probe = stored["probes"]["oracle"]
+    assert probe["reason"] == "a probe needs clips of at least 2 videos, one of them held out, got 1"
+    assert probe["pairs"] + sum(probe["dropped"].values()) == 2 * 7 * BALLS
     assert "at least 2 videos" in text
 
 
