@@ -2,6 +2,7 @@
 """A checkpoint measured beside baselines:  jobs/evaluate.py --checkpoint RUN --data DIR --out DIR --horizon 40
 
 A paper's tables:  jobs/evaluate.py --protocol bouncing-balls --checkpoint RUN --out DIR
+                   jobs/evaluate.py --protocol object-dynamics --checkpoint RUN --compare provide=RUN2 --out DIR
 """
 
 from pipeline.cli import main
@@ -13,9 +14,12 @@ def evaluate(run: EvaluateRun) -> str:
 
     out = store.resolve(run.out, "--out")
     if run.protocol:
-        from pipeline.protocol import bouncing_balls_protocol
+        from pipeline import object_dynamics, protocol
 
-        return f"{bouncing_balls_protocol(run)}\n\nresults: {store.join(out, 'protocol.json')}"
+        measure = protocol.bouncing_balls_protocol
+        if run.protocol == "object-dynamics":
+            measure = object_dynamics.object_dynamics_protocol
+        return f"{measure(run)}\n\nresults: {store.join(out, 'protocol.json')}"
     from pipeline import trajectories
     from pipeline.evaluate import evaluate
 

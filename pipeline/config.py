@@ -441,9 +441,12 @@ class EvaluateRun:
     """Folder or s3:// URL that gets metrics.json and report.html; earlier ones there are replaced."""
     split: str = "test"
     """Split to evaluate."""
-    protocol: Literal["", "bouncing-balls"] = ""
-    """Print a paper's tables and write protocol.json instead: PROVIDE's on Bouncing Balls, on the simulator's videos
-    that the model was trained on, or on those of ``data``."""
+    protocol: Literal["", "bouncing-balls", "object-dynamics"] = ""
+    """Print a paper's tables and write protocol.json instead, on ``data`` or else on the data that the model was
+    trained on: PROVIDE's on Bouncing Balls, or ODDN's with a probe of its dynamics vectors (report.html too)."""
+    compare: tuple[str, ...] = ()
+    """Other checkpoints that ``object-dynamics`` measures on the same clips, as ``provide=RUN iodine-linear=RUN``;
+    ``set`` does not apply to them."""
     set: tuple[str, ...] = ()
     """Model settings to change at test time, as ``model.num_slots=9 model.num_refinements=8``; the weights must fit.
     With a protocol, ``model.num_slots`` is for its table 2 only: videos with more balls, or those of ``data``."""
@@ -471,6 +474,9 @@ class EvaluateRun:
         if not (self.data or self.protocol):
             raise ValueError("data is missing; give a dataset folder, an s3:// URL or sim:NAME: --data DIR")
         _check_model_words(self.set)
+        if self.compare and self.protocol != "object-dynamics":
+            raise ValueError("compare is for --protocol object-dynamics; evaluate other checkpoints one by one")
+        self.compared()
         for name in ("context", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -481,6 +487,22 @@ class EvaluateRun:
             raise ValueError(f"limit must be at least 1 or None for all clips, got {self.limit}")
         if not 0 <= self.wall_radius < 32:
             raise ValueError(f"wall_radius must be in [0, 32), got {self.wall_radius}")
+
+    def compared(self) -> dict[str, str]:
+        """The checkpoints of ``compare`` by name.
+
+        Raises:
+            ValueError: a word is not NAME=CHECKPOINT, or a name comes twice.
+        """
+        found: dict[str, str] = {}
+        for word in self.compare:
+            name, equals, path = word.partition("=")
+            if not (name and equals and path):
+                raise ValueError(f"compare names other checkpoints, written NAME=CHECKPOINT, got {word!r}")
+            if name in found:
+                raise ValueError(f"compare has the name {name!r} twice; give each checkpoint its own")
+            found[name] = path
+        return found
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ NO_FEATURES = (
 )
 NO_TRUTH = "the videos hold no true segmentation"
 METRICS = ("ari", "fg_ari", "mse")
-HEADS = {"ari": "ARI", "fg_ari": "F-ARI", "mse": "MSE"}
+HEADS = {"ari": "ARI", "fg_ari": "F-ARI", "mse": "MSE", "r2_y": "R^2 y", "r2_x": "R^2 x", "r2": "R^2"}
 REPORT_EVERY = 10.0
 
 Published = TypeVar("Published")
@@ -153,6 +153,8 @@ class Table(NamedTuple):
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     metrics: tuple[str, ...] = METRICS
+    formats: Mapping[str, str] = {}
+    """How to print the values of a metric; four decimals where not given."""
 
 
 class Found(NamedTuple):
@@ -195,7 +197,7 @@ def bouncing_balls_protocol(run: EvaluateRun) -> str:
         slots = open_model(run, checkpoint, device)[0].config.num_slots
     if "model.inference" in changed:
         raise ValueError("the protocol runs both ways of inference itself; leave model.inference out of --set")
-    trained = _trained(loaded)
+    trained = trained_by(loaded)
     videos = _videos(run.data or trained.data, run, derived=not run.data)
     binary = _is_binary(videos.source)
     kind = "binary" if binary else "colour"
@@ -216,7 +218,7 @@ def bouncing_balls_protocol(run: EvaluateRun) -> str:
         (
             *videos.notes,
             *more,
-            *_unfinished(loaded),
+            *unfinished(loaded),
             *_whose_numbers(kind, videos, "4 balls", "3 to 5 objects"),
             *_segmented(main.lengths),
             NO_FEATURES,
@@ -257,7 +259,7 @@ def bouncing_balls_protocol(run: EvaluateRun) -> str:
             "versions": versions(),
             "device": str(device),
             "training": training_facts(loaded.family, loaded.run, loaded.code, loaded.dataset_id),
-            "tables": {name: _json(table) for name, table in tables.items()},
+            "tables": {name: to_json(table) for name, table in tables.items()},
             "velocity_cosine": velocity,
             "text": text,
         },
@@ -293,11 +295,11 @@ def render(table: Table) -> str:
     for row in table.rows:
         cells = []
         for metric in table.metrics:
-            values = row.values.get(metric, [None] * len(table.columns))
+            values, style = row.values.get(metric, [None] * len(table.columns)), table.formats.get(metric, ".4f")
             for column, value in zip(table.columns, values, strict=True):
                 reason = row.reasons.get(f"{metric}/{column.removeprefix('at ')}", row.reasons.get("*", ""))
                 mark = f"[{reasons.setdefault(reason, len(reasons) + 1)}]" if value is None and reason else ""
-                cells.append(f"-{mark}" if value is None else f"{value:.4f}")
+                cells.append(f"-{mark}" if value is None else format(value, style))
         origin = "" if row.origin == "baseline" else f" ({row.origin})"
         lines.append([f"{row.name}{origin}", *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
@@ -425,12 +427,13 @@ class _Bench:
         return tests
 
 
-def _trained(loaded: Loaded) -> TrainRun:
+def trained_by(loaded: Loaded) -> TrainRun:
     """The run that trained the model, in the stage in which it was saved."""
     return config_from_json(TrainRun, loaded.run).stage(loaded.stage - 1)
 
 
-def _unfinished(loaded: Loaded) -> tuple[str, ...]:
+def unfinished(loaded: Loaded) -> tuple[str, ...]:
+    """A note where the training has steps to go."""
     run = config_from_json(TrainRun, loaded.run)
     if loaded.step >= run.steps:
         return ()
@@ -691,7 +694,8 @@ def _ablation_name(grid: bool, conditional: bool, entropy: bool, length: int) ->
     return f"{' + '.join(['base', *parts])}, length {length}"
 
 
-def _json(table: Table) -> dict[str, Any]:
+def to_json(table: Table) -> dict[str, Any]:
+    """A table as ``protocol.json`` has it."""
     return {
         "title": table.title,
         "columns": list(table.columns),

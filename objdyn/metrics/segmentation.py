@@ -42,6 +42,17 @@ class Swaps(NamedTuple):
         return int(self.swaps.sum()) / pairs if pairs else float("nan")
 
 
+class ObjectSlots(NamedTuple):
+    """The slot that shows each object, frame by frame."""
+
+    slot: Int[np.ndarray, "n t m"]
+    """-1 where an object has no pixel, or no slot."""
+    iou: Float[np.ndarray, "n t m"]
+    """Intersection over union of the object and its slot; 0 where there is none."""
+    visible: Bool[np.ndarray, "n t m"]
+    """Whether the object has a pixel."""
+
+
 class VelocityCosine(NamedTuple):
     """Cosine between predicted and true velocities of objects, at each predicted frame."""
 
@@ -162,6 +173,51 @@ def matched_iou(
     total = np.array([table[linear_sum_assignment(table, maximize=True)].sum() for table in overlap])
     mean = np.where(objects > 0, total / np.maximum(objects, 1), np.nan)
     return mean.reshape(true.shape[: 2 if per == "frame" else 1])
+
+
+def match_objects(
+    true: Integer[np.ndarray, "n t h w"], predicted: Integer[np.ndarray, "n t h w"], num_objects: int, num_slots: int
+) -> ObjectSlots:
+    """Give each object of each frame a slot of its own, so that the sum of IoUs in the frame is largest.
+
+    A slot shows the background, and is given to no object, if no object has a larger IoU with it than the true
+    background has. An object that no other slot overlaps has none.
+
+    Args:
+        true: object m has the id m + 1.
+        predicted: slot of each pixel; negative where no slot has it.
+        num_objects: objects, also those without a pixel.
+        num_slots: slots, also those without a pixel.
+
+    Raises:
+        ValueError: shapes that differ, labels that are not integers, or ids beyond the numbers given.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    shifted = predicted + 1 if np.issubdtype(predicted.dtype, np.integer) else predicted  # 0 is then no slot
+    _check(true, np.maximum(shifted, 0))
+    if true.max(initial=0) > num_objects or predicted.max(initial=-1) >= num_slots:
+        raise ValueError(
+            f"the true segmentation has ids up to {true.max(initial=0)} and the slots go up to "
+            f"{predicted.max(initial=-1)}, but there are {num_objects} objects and {num_slots} slots; ids of objects "
+            "count from 1, those of slots from 0"
+        )
+    counts = _contingency(_rows(true, "frame"), _rows(np.maximum(shifted, 0), "frame"), compact=False)
+    overlap, present = _iou(counts)
+    whole = np.zeros((len(overlap), num_objects + 1, num_slots + 1))
+    whole[:, : overlap.shape[1], : overlap.shape[2]] = overlap
+    visible = np.zeros((len(overlap), num_objects), dtype=bool)
+    visible[:, : present.shape[1] - 1] = present[:, 1:]
+    of_background, of_objects = whole[:, :1, 1:], whole[:, 1:, 1:]
+    of_objects = np.where(of_background >= of_objects.max(axis=1, keepdims=True, initial=0), 0, of_objects)
+    slot, iou = np.full(visible.shape, -1), np.zeros(visible.shape)
+    for row, table in enumerate(of_objects):
+        objects, slots = linear_sum_assignment(table, maximize=True)
+        overlaps = table[objects, slots] > 0
+        slot[row, objects[overlaps]] = slots[overlaps]
+        iou[row, objects] = table[objects, slots]
+    shape = (*true.shape[:2], num_objects)
+    return ObjectSlots(slot.reshape(shape), iou.reshape(shape), visible.reshape(shape))
 
 
 def mean_iou(

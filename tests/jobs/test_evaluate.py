@@ -30,3 +30,17 @@ def test_protocol_needs_only_a_checkpoint(
     monkeypatch.setattr(sys, "argv", ["jobs/evaluate.py", *words])
     runpy.run_path(str(repository / "jobs" / "evaluate.py"), run_name="__main__")
     assert capsys.readouterr().out == f"tables of RUN\n\nresults: {tmp_path}/protocol.json\n"
+
+
+def test_checkpoints_to_compare_come_by_name(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(
+        "pipeline.object_dynamics.object_dynamics_protocol", lambda run: f"{run.checkpoint} and {run.compared()}"
+    )
+    words = ["--checkpoint", "RUN", "--protocol", "object-dynamics", "--out", str(tmp_path)]
+    words += ["--compare", "provide=A", "iodine-linear=B"]
+    monkeypatch.setattr(sys, "argv", ["jobs/evaluate.py", *words])
+    runpy.run_path(str(repository / "jobs" / "evaluate.py"), run_name="__main__")
+    told = "RUN and {'provide': 'A', 'iodine-linear': 'B'}"
+    assert capsys.readouterr().out == f"{told}\n\nresults: {tmp_path}/protocol.json\n"

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -9,6 +11,7 @@ from objdyn.metrics.segmentation import (
     adjusted_rand_index,
     frame_ari,
     has_foreground,
+    match_objects,
     match_tracks,
     matched_iou,
     mean_iou,
@@ -439,3 +442,26 @@ def test_tracks_refuse_what_is_no_segmentation():
     for segments in (np.zeros((2, 4, 4)), np.zeros((4, 4), int), np.zeros((0, 4, 4), int)):
         with pytest.raises(ValueError, match=r"must be integers \(t, h, w\)"):
             match_tracks(segments, 2)
+
+
+def test_each_object_gets_the_slot_that_shows_it():
+    true = lines([0, 0, 1, 1, 2, 2, 0, 3])
+    found = match_objects(true, lines([4, 4, 2, 2, 0, 0, 4, 4]), num_objects=4, num_slots=5)
+    np.testing.assert_array_equal(found.slot, [[[2, 0, -1, -1]]])  # slot 4 is the background's
+    np.testing.assert_array_equal(found.iou, [[[1, 1, 0, 0]]])
+    np.testing.assert_array_equal(found.visible, [[[True, True, True, False]]])
+
+
+def test_matching_is_the_best_of_all_assignments():
+    true, predicted = random_labels((6, 2, 5, 5), 4, seed=1), random_labels((6, 2, 5, 5), 4, seed=2)
+    found = match_objects(true, predicted, 3, 4)
+    for n, t in np.ndindex(6, 2):
+        masks, slots = (labels[n, t] == np.arange(4)[:, None, None] for labels in (true, predicted))
+        iou = np.array([[(a & b).sum() / (a | b).sum() for b in slots] for a in masks])
+        iou = np.where(iou[0] >= iou[1:].max(axis=0), 0, iou[1:])
+        best = max(iou[[0, 1, 2], order].sum() for order in itertools.permutations(range(4), 3))
+        assert found.iou[n, t].sum() == pytest.approx(best)
+        of_slot = [iou[m, k] if k >= 0 else 0 for m, k in enumerate(found.slot[n, t])]
+        np.testing.assert_allclose(found.iou[n, t], of_slot)
+        taken = [k for k in found.slot[n, t] if k >= 0]
+        assert len(set(taken)) == len(taken)
