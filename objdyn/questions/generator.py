@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from random import Random
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from objdyn.clevrer import COLORS, MATERIALS, SHAPES, Event, History, World
 from objdyn.questions.executor import Executor, NoAnswerError, Occurrence
@@ -269,10 +269,14 @@ class _Asker:
         return f"{self._ask(name)} the {which}object {clause} with the {who.noun}?", program
 
     def _standing(self, name: str) -> Draw | None:
-        kind, state, moment = self.kind(without=name), self.random.choice(("moving", "stationary")), self._moment()
-        program = (*kind.program, *moment[1], f"filter_{state}", "unique", f"query_{name}")
+        kind, state = self.kind(without=name), self.random.choice(("moving", "stationary"))
+        when, frame = self._moment()
+        who = (*kind.program, *frame, f"filter_{state}", "unique")
+        if (index := self._object(who)) is None or index in self._objects_of(frame[:-1]):
+            return None  # the name of what enters or exits would tell the answer
         form = self.random.choice(("{ask} the {state} {kind} {when}?", "{ask} the {kind} that is {state} {when}?"))
-        return form.format(ask=self._ask(name), state=state, kind=kind.noun, when=moment[0]), program
+        text = form.format(ask=self._ask(name), state=state, kind=kind.noun, when=when)
+        return text, (*who, f"query_{name}")
 
     def _ask(self, name: str) -> str:
         return self.random.choice((f"What {name} is", f"What is the {name} of"))
@@ -448,8 +452,18 @@ class _Asker:
             return False
 
     def _events(self, program: tuple[str, ...]) -> tuple[Occurrence, ...] | None:
+        return self._yielded(program, Type.EVENTS)
+
+    def _object(self, program: tuple[str, ...]) -> int | None:
+        return self._yielded(program, Type.OBJECT)
+
+    def _objects_of(self, program: tuple[str, ...]) -> tuple[int, ...]:
+        event: Occurrence | None = self._yielded(program, Type.EVENT)
+        return () if event is None else event.objects
+
+    def _yielded(self, program: tuple[str, ...], wanted: Type) -> Any:
         try:
-            return self.executor.evaluate(parse(program, Type.EVENTS))
+            return self.executor.evaluate(parse(program, wanted))
         except NoAnswerError:
             return None
 

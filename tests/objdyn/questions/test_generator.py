@@ -274,6 +274,17 @@ def test_answers_are_balanced(videos: list[tuple[World, VideoQuestions]]):
     assert set(counts["descriptive", "query_shape"]) == {"cube", "sphere", "cylinder"}
 
 
+def test_no_sentence_names_the_object_that_it_asks_about(videos: list[tuple[World, VideoQuestions]]):
+    named = 0
+    for world, video in videos:
+        for question in video.questions:
+            found = re.search(r"when the (.+) (?:enters|exits) the scene", question.text)
+            if found and (question.subtype or "").startswith("query_"):
+                named += 1
+                assert the(found[1], world) != read_query(question.text, world)
+    assert named > 5
+
+
 def test_no_choice_gives_itself_away(videos: list[tuple[World, VideoQuestions]]):
     for world, video in videos:
         for question in video.questions:
