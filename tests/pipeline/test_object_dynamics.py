@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,8 +87,9 @@ class Oracle(nn.Module):
         return Scene(painted.sum(dim=2), latents.masks, painted) if components else Scene(painted.sum(dim=2))
 
 
-@pytest.fixture
-def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def oracle() -> Iterator[None]:
+    """Makes the oracle a family while this file is tested."""
     family = Family(
         config=OracleConfig,
         model=Oracle,
@@ -98,7 +100,9 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
         object_columns=("static", "dynamics"),
         frame_columns=(),
     )
-    monkeypatch.setitem(FAMILIES, "oracle", family)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "oracle", family)
+        yield
 
 
 def save(family: str, folder: Path, config: Any = None) -> str:
@@ -124,6 +128,13 @@ def clips(count: int = CLIPS) -> list[Clip]:
     return [episode.clip() for episode in bouncing_balls.episodes(OPTIONS, "test", 0, count)]
 
 
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
+    """The oracle's results."""
+    folder = tmp_path_factory.mktemp("oracle")
+    return folder, *measure(save("oracle", folder, OracleConfig()), folder)
+
+
 def row(table: dict[str, Any], name: str, origin: str = "ours") -> dict[str, Any]:
     return next(row for row in table["rows"] if (row["name"], row["origin"]) == (name, origin))
 
@@ -134,10 +145,8 @@ def pixels() -> np.ndarray:
     return np.stack([whole[:, :8], whole[:, 8:16]], axis=1)
 
 
-@pytest.mark.usefixtures("oracle")
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_linear_map_from_dynamics_to_velocity_is_found_under_permuted_slots(tmp_path: Path, apart: bool):
-    text, stored = measure(save("oracle", tmp_path, OracleConfig(background_apart=apart)), tmp_path)
+def test_a_linear_map_from_dynamics_to_velocity_is_found_under_permuted_slots(told: tuple[Path, str, dict[str, Any]]):
+    _, text, stored = told
     found = stored["probes"]["oracle"]["from"]
     for name in ("dynamics", "both", "change of static"):
         assert list(found[name]["r2"].values()) == pytest.approx([1.0] * 3, abs=1e-9), name
@@ -153,26 +162,28 @@ def test_a_linear_map_from_dynamics_to_velocity_is_found_under_permuted_slots(tm
     assert "oracle, from static (ours)" in text
 
 
-@pytest.mark.usefixtures("oracle")
-def test_probe_json_is_the_map_in_plain_numbers(tmp_path: Path):
-    measure(save("oracle", tmp_path, OracleConfig()), tmp_path)
-    probe = json.loads((tmp_path / "out" / "probe.json").read_text())
+def test_a_background_that_is_no_slot_does_not_shift_the_others(tmp_path: Path, told: tuple[Path, str, dict[str, Any]]):
+    _, stored = measure(save("oracle", tmp_path, OracleConfig(background_apart=True)), tmp_path)
+    assert stored["probes"]["oracle"]["pairs"] == told[2]["probes"]["oracle"]["pairs"]
+    assert stored["probes"]["oracle"]["from"]["dynamics"]["r2"]["overall"] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_probe_json_is_the_map_in_plain_numbers(told: tuple[Path, str, dict[str, Any]]):
+    probe = json.loads((told[0] / "out" / "probe.json").read_text())
     assert (probe["column"], probe["targets"]) == ("dynamics", ["velocity_y", "velocity_x"])
     np.testing.assert_allclose(probe["weight"] @ MIX.double().numpy(), np.eye(2), atol=1e-4)
     np.testing.assert_allclose(probe["bias"], 0, atol=1e-6)
     assert probe["r2"]["overall"] == pytest.approx(1.0, abs=1e-9)
 
 
-@pytest.mark.usefixtures("oracle")
 def test_noise_holds_no_velocity(tmp_path: Path):
     text, stored = measure(save("oracle", tmp_path, OracleConfig(noise=True)), tmp_path)
     assert stored["probes"]["oracle"]["from"]["dynamics"]["r2"]["overall"] < 0.1
     assert stored["verdicts"][-1] in text
 
 
-@pytest.mark.usefixtures("oracle")
-def test_errors_of_each_step_are_those_worked_out_by_hand(tmp_path: Path):
-    _, stored = measure(save("oracle", tmp_path, OracleConfig()), tmp_path)
+def test_errors_of_each_step_are_those_worked_out_by_hand(told: tuple[Path, str, dict[str, Any]]):
+    _, _, stored = told
     true = pixels()
     copied = np.square(true[:, :, 2:] - true[:, :, 1:2]).mean(axis=(0, 1, 3, 4, 5))
     black = np.square(true[:, :, 2:]).mean(axis=(0, 1, 3, 4, 5))
@@ -191,9 +202,10 @@ def test_errors_of_each_step_are_those_worked_out_by_hand(tmp_path: Path):
     assert f"oracle has {said}" in stored["verdicts"]
 
 
-@pytest.mark.usefixtures("oracle")
-def test_true_masks_and_colours_score_perfectly_and_the_papers_numbers_stand_beside(tmp_path: Path):
-    text, stored = measure(save("oracle", tmp_path, OracleConfig()), tmp_path)
+def test_true_masks_and_colours_score_perfectly_and_the_papers_numbers_stand_beside(
+    told: tuple[Path, str, dict[str, Any]],
+):
+    _, text, stored = told
     table = stored["tables"]["table3"]
     found = row(table, "oracle")["values"]
     assert (found["ari"], found["fg_ari"]) == ([1.0], [1.0])
@@ -204,8 +216,9 @@ def test_true_masks_and_colours_score_perfectly_and_the_papers_numbers_stand_bes
     assert "95.63%" in text
 
 
-@pytest.mark.usefixtures("oracle")
-def test_clips_with_other_truth_are_counted_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_clips_with_other_truth_are_counted_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: tuple[Path, str, dict[str, Any]]
+):
     def some(*words: Any, **more: Any) -> Any:
         for number, clip in enumerate(original(*words, **more)):
             truth = dict(clip.truth)
@@ -215,7 +228,7 @@ def test_clips_with_other_truth_are_counted_and_the_rest_goes_on(tmp_path: Path,
 
     original = object_dynamics.iter_clips
     run = save("oracle", tmp_path, OracleConfig())
-    whole = measure(run, tmp_path)[1]
+    whole = told[2]
     assert whole["unusable_for_probes_count"] == 0
     monkeypatch.setattr(object_dynamics, "iter_clips", some)
     text, stored = measure(run, tmp_path)
@@ -227,10 +240,10 @@ def test_clips_with_other_truth_are_counted_and_the_rest_goes_on(tmp_path: Path,
     assert after["from"]["dynamics"]["r2"]["overall"] == pytest.approx(1.0, abs=1e-9)
 
 
-@pytest.mark.usefixtures("oracle")
 def test_too_few_clips_for_a_probe_are_a_reason_and_an_old_map_goes(tmp_path: Path):
     run = save("oracle", tmp_path, OracleConfig())
-    measure(run, tmp_path)
+    measure(run, tmp_path, limit=4)
+    assert (tmp_path / "out" / "probe.json").exists()
     text, stored = measure(run, tmp_path, limit=1)
     assert not (tmp_path / "out" / "probe.json").exists()
     probe = stored["probes"]["oracle"]
