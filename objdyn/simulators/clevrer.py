@@ -4,8 +4,9 @@ Yi et al., "CLEVRER: Collision Events for Video Representation and Reasoning" (2
 Blender. Here MuJoCo moves the objects, so what would happen without one of them can be simulated from the same start.
 CLEVRER's generator was not published; what is ours:
 
-- All objects weigh the same and are 0.4 wide and high. Cubes and cylinders glide over the floor with friction 0.045,
-  spheres roll and slow down by 0.39 per second; pairs bounce with about half to two thirds of their speed.
+- All objects weigh the same and are 0.4 wide and high. Cubes and cylinders glide over the floor with friction 0.045 and
+  turn, but cannot tip over: where a slow edge rests would decide what happens next. Spheres roll, and slow down by 0.39
+  per second. Pairs bounce without friction, with about half to two thirds of their speed.
 - At first some objects rest in view and the others are out of it, fast enough to reach one of those that rest, or
   another place in view, sooner or later; see :func:`draw_run` for which starts are taken.
 - The camera is chosen to show objects as large and as far apart as CLEVRER's frames do.
@@ -19,7 +20,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -46,8 +47,9 @@ MASS = 1.0
 GRAVITY = 9.81
 SUBSTEPS = 10
 """Steps of physics per frame."""
-SLIDING, ROLLING = 0.045, 0.011
-"""Friction of a gliding object, without unit, and of a rolling sphere, a length."""
+SLIDING, TURNING, ROLLING = 0.045, 0.006, 0.011
+"""Friction of an object that glides, without unit, of one that turns about its vertical axis, and of a rolling sphere,
+both lengths."""
 APART = 5
 """Frames that two objects have to be apart before their next contact is another collision."""
 MARGIN = 0.1
@@ -64,17 +66,20 @@ _SLOWING = {"cube": SLIDING * GRAVITY, "cylinder": SLIDING * GRAVITY, "sphere": 
 _RESTING = ((-0.7, 0.5), (-0.5, 0.5))  # (y, x) in the picture where objects rest
 _CLEAR = 0.6  # between centres at the start; the diagonals of two cubes are 0.57
 _FIRST, _NEXT, _LATE = (0.6, 1.8), (0.6, 5.0), (5.2, 6.6)  # when an object reaches what it is aimed at
-_LATE_SHARE = 0.35
+_LATE_SHARE = 0.5
 _ARRIVAL_SPEED = (0.5, 2.0)
 _LONGEST_WAY = 12.0
 _TRIES = 100
 _ATTEMPTS = 200
-_GEOMS = {
-    "cube": ("box", f"{HALF} {HALF} {HALF}", f"{SLIDING} {SLIDING} 0 0 0", 3),
-    "cylinder": ("cylinder", f"{HALF} {HALF}", f"{SLIDING} {SLIDING} 0 0 0", 3),
-    "sphere": ("sphere", f"{HALF}", f"0.5 0.5 0.002 {ROLLING} {ROLLING}", 6),
+_SIDES = {
+    # Between sides that are upright, what touches is decided in the plane, where a cylinder is as round as a sphere;
+    # MuJoCo finds contacts of spheres and boxes in closed form, those of cylinders by a search that jumps.
+    "cube": f'type="box" size="{HALF} {HALF} {HALF}"',
+    "cylinder": f'type="sphere" size="{HALF}"',
+    "sphere": f'type="sphere" size="{HALF}"',
 }
-_BOUNCE = 'condim="3" friction="0.1 0.1 0 0 0" solref="-22500 -48" solimp="0.99 0.99 0.001"'
+_BOUNCE = 'condim="1" solref="-22500 -48" solimp="0.99 0.99 0.001"'
+_FOOT = 0.01  # radius
 _FLOOR = 'solref="0.012 1"'
 
 
@@ -153,51 +158,71 @@ def simulate(scene: Scene, frames: int, without: Collection[int] = (), noise: in
     if not ids:
         return run
     model = mujoco.MjModel.from_xml_string(_mjcf(scene, ids))
-    data = mujoco.MjData(model)
-    place, speed = data.qpos.reshape(-1, 7), data.qvel.reshape(-1, 6)
+    data, both = mujoco.MjData(model), np.zeros(6)
+    _start(model, data, scene, ids, noise)
+    owner = np.full(model.ngeom, -1)  # of a geom; the floor and feet have none
+    owner[[model.geom(str(i)).id for i in ids]] = ids
+    for frame in range(frames):
+        for _ in range(SUBSTEPS if frame else 0):
+            mujoco.mj_step(model, data)
+            pairs = owner[data.contact.geom[data.contact.dist < 0]]
+            pairs = pairs[(pairs >= 0).all(axis=1)]
+            if len(pairs):
+                run.touching[frame, pairs[:, 0], pairs[:, 1]] = run.touching[frame, pairs[:, 1], pairs[:, 0]] = True
+        mujoco.mj_kinematics(model, data)  # a step leaves poses as they were before it
+        mujoco.mj_comPos(model, data)
+        mujoco.mj_comVel(model, data)
+        run.position[frame, ids] = data.xpos[1:]
+        run.rotation[frame, ids] = data.xmat[1:].reshape(-1, 3, 3)
+        for row, i in enumerate(ids):
+            mujoco.mj_objectVelocity(model, data, mujoco.mjtObj.mjOBJ_BODY, row + 1, both, 0)
+            run.angular_velocity[frame, i], run.velocity[frame, i] = both[:3], both[3:]
+    return run
+
+
+def _start(model: Any, data: Any, scene: Scene, ids: Sequence[int], noise: int | None) -> None:
+    """Put objects where they are at the start."""
     shift = np.zeros((len(scene.bodies), 2))
     if noise is not None:
         shift = NOISE * _random(noise, 1).uniform(-1, 1, size=shift.shape)
     for row, i in enumerate(ids):
         body = scene.bodies[i]
-        place[row] = *body.position, math.cos(body.yaw / 2), 0, 0, math.sin(body.yaw / 2)
-        place[row, :2] += shift[i]
-        # A free joint's velocity is in the world's axes, its angular velocity in the body's.
+        joint = model.body_jntadr[row + 1]
+        place, speed = data.qpos[model.jnt_qposadr[joint] :], data.qvel[model.jnt_dofadr[joint] :]
+        place[:3] = body.position
+        place[:2] += shift[i]
+        speed[:3] = body.velocity
+        if body.properties.shape != "sphere":
+            place[3], speed[3] = body.yaw, body.angular_velocity[2]
+            continue
         cos, sin = math.cos(body.yaw), math.sin(body.yaw)
         x, y, z = body.angular_velocity
-        speed[row] = *body.velocity, cos * x + sin * y, cos * y - sin * x, z
-    mujoco.mj_kinematics(model, data)
-    number = np.array([-1, *ids])  # of a geom; the floor is the first
-    for frame in range(frames):
-        for _ in range(SUBSTEPS if frame else 0):
-            mujoco.mj_step(model, data)
-            if data.ncon:
-                pairs = number[data.contact.geom[(data.contact.dist < 0)]]
-                pairs = pairs[(pairs >= 0).all(axis=1)]
-                run.touching[frame, pairs[:, 0], pairs[:, 1]] = run.touching[frame, pairs[:, 1], pairs[:, 0]] = True
-        if frame:
-            mujoco.mj_kinematics(model, data)  # a step leaves poses as they were before it
-        run.position[frame, ids] = place[:, :3]
-        rotation = data.xmat[1:].reshape(-1, 3, 3)
-        run.rotation[frame, ids] = rotation
-        run.velocity[frame, ids] = speed[:, :3]
-        run.angular_velocity[frame, ids] = np.einsum("nij,nj->ni", rotation, speed[:, 3:])
-    return run
+        place[3:7] = math.cos(body.yaw / 2), 0, 0, math.sin(body.yaw / 2)
+        speed[3:6] = cos * x + sin * y, cos * y - sin * x, z  # in the body's axes, unlike its velocity
 
 
 def _mjcf(scene: Scene, ids: Sequence[int]) -> str:
-    bodies, contacts = [], []
+    """MuJoCo's description of some objects on a floor; all bodies have their centre of mass in the middle."""
+    off, bodies, contacts = 'contype="0" conaffinity="0"', [], []
     for i in ids:
-        kind, size, friction, condim = _GEOMS[scene.bodies[i].properties.shape]
-        bodies.append(
-            f'<body><freejoint/><geom name="{i}" type="{kind}" size="{size}" mass="{MASS}" contype="0" '
-            'conaffinity="0"/></body>'
-        )
-        contacts.append(f'<pair geom1="floor" geom2="{i}" condim="{condim}" friction="{friction}" {_FLOOR}/>')
+        shape = scene.bodies[i].properties.shape
+        geoms = f'<geom name="{i}" {_SIDES[shape]} mass="{MASS}" {off}/>'
+        if shape == "sphere":
+            joints, touches = "<freejoint/>", f'geom2="{i}" condim="6" friction="0.5 0.5 0.002 {ROLLING} {ROLLING}"'
+        else:
+            joints = "".join(f'<joint type="slide" axis="{axis}"/>' for axis in ("1 0 0", "0 1 0", "0 0 1"))
+            joints += '<joint type="hinge" axis="0 0 1"/>'
+            # Of a cube 2/3 of m r^2, of a cylinder 1/2, about each axis; only the vertical one matters.
+            inertia = MASS * HALF**2 * (2 / 3 if shape == "cube" else 1 / 2)
+            geoms += f'<inertial pos="0 0 0" mass="{MASS}" diaginertia="{inertia} {inertia} {inertia}"/>'
+            geoms += f'<geom name="foot{i}" size="{_FOOT}" pos="0 0 {_FOOT - HALF}" {off}/>'
+            touches = f'geom2="foot{i}" condim="4" friction="{SLIDING} {SLIDING} {TURNING} 0 0"'
+        bodies.append(f"<body>{joints}{geoms}</body>")
+        contacts.append(f'<pair geom1="floor" {touches} {_FLOOR}/>')
     contacts += [f'<pair geom1="{i}" geom2="{j}" {_BOUNCE}/>' for i, j in itertools.combinations(ids, 2)]
     return (
-        f'<mujoco><option timestep="{1 / FPS / SUBSTEPS}" gravity="0 0 -{GRAVITY}" cone="elliptic"/><worldbody>'
-        f'<geom name="floor" type="plane" size="0 0 1" contype="0" conaffinity="0"/>{"".join(bodies)}</worldbody>'
+        f'<mujoco><option timestep="{1 / FPS / SUBSTEPS}" gravity="0 0 -{GRAVITY}" cone="elliptic" tolerance="1e-14"/>'
+        f'<worldbody><geom name="floor" type="plane" size="0 0 1" {off}/>{"".join(bodies)}</worldbody>'
         f"<contact>{''.join(contacts)}</contact></mujoco>"
     )
 
@@ -288,7 +313,7 @@ def _draw(random: np.random.RandomState, seed: int, number: int) -> Scene | None
     """Draw a start; None if there was no room."""
     looks = list(itertools.product(COLORS, MATERIALS, SHAPES))
     properties = [Properties(*looks[i]) for i in random.permutation(len(looks))[:number]]
-    resting = int(random.randint(1, number)) if number > 1 else 0
+    resting = int(random.randint(1, max(number - 1, 2))) if number > 1 else 0
     camera, places, bodies = VIEW.camera, [], []
     for i, look in enumerate(properties):
         yaw, turn = random.uniform(-math.pi, math.pi), random.uniform(-2, 2)

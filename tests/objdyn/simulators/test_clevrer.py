@@ -59,10 +59,8 @@ def test_videos_show_their_objects_and_collisions() -> None:
 
 
 def test_a_video_depends_on_its_number_and_not_on_its_neighbours() -> None:
-    many = simulator("clevrer-sim:objects=3").episodes("val", 0, 4, None)
-    (alone,) = simulator("clevrer-sim:objects=3,size=32").episodes("val", 2, 1, None)
-    assert isinstance(many[2], clevrer.ClevrerEpisode)
-    assert isinstance(alone, clevrer.ClevrerEpisode)
+    many = clevrer.episodes(Options(objects=(3, 3)), "val", 0, 4)
+    (alone,) = clevrer.episodes(Options(objects=(3, 3), size=32), "val", 2, 1)
     assert isinstance(many[2], Episode)
     assert many[2].key == "val-000002"
     assert many[2].simulated[0] == alone.simulated[0] != many[1].simulated[0]
