@@ -20,8 +20,8 @@ import math
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -41,6 +41,7 @@ PROVIDE_FRAMES = 40
 MAX_OBJECTS = 254
 """Of one video; a mask has object i as i + 1 in a byte."""
 
+_T = TypeVar("_T")
 _SUFFIXES = {"video": ".mp4", "annotation": ".json", "proposal": ".json", "scene": ".json", "mask": ".npy.zst"}
 _NAME = re.compile(rf"({'|'.join(_SUFFIXES)})_([0-9]{{5}})(\.[a-z0-9.]+)")
 _SPLIT_FOLDER = re.compile(r"(?:(?:videos?|annotations?|clevrer)[-_ ])?(train|val|test)(?:ing|id|idation)?")
@@ -433,7 +434,7 @@ def _truth(video: Video, open_file: Open, limits: Limits) -> _Truth:
     files = {found[0]: path for path in video.files if (found := _role(path))}
     notes: list[str] = []
 
-    def use(role: str, parse: Any) -> Any:
+    def use(role: str, parse: Callable[[str], _T]) -> _T | None:
         if role not in files:
             return None
         try:
@@ -448,13 +449,13 @@ def _truth(video: Video, open_file: Open, limits: Limits) -> _Truth:
             raise VideoError("bad-layout", f"it says that it is about scene {annotation.scene_index}")
         return annotation
 
-    annotation: Annotation | None = use("annotation", annotated)
+    annotation = use("annotation", annotated)
     if "annotation" not in files:
         notes.append("it has no annotation")
     elif annotation is not None and annotation.missing:
         lacks = ", ".join(f"{count} x {key}" for key, count in sorted(annotation.missing.items()))
         notes.append(f"{files['annotation']} lacks {lacks}")
-    camera: Camera | None = use("scene", lambda path: parse_camera(_json(path, open_file, limits)))
+    camera = use("scene", lambda path: parse_camera(_json(path, open_file, limits)))
     masks = use("mask", lambda path: _stored_masks(path, video, open_file, limits))
     source = files.get("mask")
     if masks is None:
