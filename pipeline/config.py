@@ -684,6 +684,73 @@ class ShardRun:
 
 
 @dataclass(frozen=True)
+class SimulateRun:
+    """Simulated videos in CLEVRER's folder layout: mp4, annotation, masks and a scene file for each."""
+
+    out: str
+    """Folder or s3:// URL; the split gets a folder inside it. Finished videos that are there stay."""
+    videos: int = 100
+    """How many to have, from ``first`` on."""
+    first: int | None = None
+    """Index of the first video; None takes CLEVRER's: 0 of train, 10000 of validation, 15000 of test."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Folder inside ``out``; the same index is another video in another split."""
+    scene: Literal["clevrer", "towers"] = "clevrer"
+    """Objects that glide and collide, or towers of cubes that stand or fall."""
+    objects: str = ""
+    """N or A-B: how many objects a video has; empty is 3-6, of towers 2-4."""
+    seed: int = 0
+    """Of all videos; each video has a seed of its own from this, the split and its index."""
+    renderer: Literal["mujoco", "mitsuba"] = "mujoco"
+    """What draws; mitsuba needs no system package and is slower by far."""
+    height: int | None = None
+    """Of the frames in pixels, even; they are half as wide again. None is CLEVRER's 320, of mitsuba 128."""
+    proposals: bool = False
+    """Also write the masks as CLEVRER's derender_proposals, in COCO's run lengths."""
+    workers: int | None = None
+    """CPU slots of a Ray started by this job; None takes every core, or the cluster that is there."""
+
+    def __post_init__(self) -> None:
+        if self.videos < 1 or (self.workers is not None and self.workers < 1):
+            raise ValueError(f"videos and workers must be at least 1, got {self.videos} and {self.workers}")
+        if (self.first or 0) < 0 or self.start + self.videos > 100_000:
+            raise ValueError(f"an index has five digits, got {self.start} to {self.start + self.videos - 1}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+        if self.size[1] % 2 or not 16 <= self.size[1] <= 1024:
+            raise ValueError(f"height must be even and 16 to 1024, got {self.height}")
+        low, high = self.numbers
+        least, most = (1, 8) if self.scene == "clevrer" else (2, 4)
+        if not least <= low <= high <= most:
+            raise ValueError(f"objects of {self.scene} must be {least} to {most}, got {self.objects!r}")
+
+    @property
+    def start(self) -> int:
+        """Index of the first video."""
+        return {"train": 0, "validation": 10_000, "test": 15_000}[self.split] if self.first is None else self.first
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the frames; a video's width is even."""
+        height = self.height or (320 if self.renderer == "mujoco" else 128)
+        return height * 3 // 4 * 2, height
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """Fewest and most objects of a video.
+
+        Raises:
+            ValueError: ``objects`` is neither N nor A-B.
+        """
+        from objdyn.simulators.options import whole_range
+
+        try:
+            return whole_range(self.objects or {"clevrer": "3-6", "towers": "2-4"}[self.scene])
+        except ValueError:
+            raise ValueError(f"objects must be N or A-B, got {self.objects!r}") from None
+
+
+@dataclass(frozen=True)
 class Hdf5Run:
     """Simulated videos in one HDF5 file of R-NEM's layout, for programs that read that."""
 

@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float
 from objdyn.clevrer import (
     COLORS,
     FPS,
+    FUTURE_FRAMES,
     HEIGHT,
     MATERIALS,
     NUM_FRAMES,
@@ -35,7 +36,9 @@ from objdyn.clevrer import (
     Camera,
     Event,
     History,
+    Motion,
     Properties,
+    World,
 )
 from objdyn.clips import Clip
 from objdyn.simulators.options import Option, read_options, show_range, whole, whole_range
@@ -292,8 +295,53 @@ def draw_run(seed: int, objects: tuple[int, int] = (3, 6)) -> tuple[Scene, Run]:
     raise ValueError(f"no start worth showing among {_ATTEMPTS} for seed {seed} with {show_range(objects)} objects")
 
 
-def video_seed(seed: int, split: str, number: int) -> int:
-    """Seed of a video, 64 bits, from that of a set of videos.
+def imagine(scene: Scene, scene_index: int) -> tuple[World, Run] | None:
+    """Simulate all that questions about a video may ask for, and the run that the video shows.
+
+    That is the run itself, ``FUTURE_FRAMES`` frames after the shown ones, and the run without each of the objects from
+    the same start. Each is repeated with noise of ``NOISE`` on the positions at the start: if the same objects do not
+    have the same events in the same order, at most a frame earlier or later, then chance decides what happens. Such a
+    run without an object is left out of ``World.without``; if the video's own run is one, the result is None.
+
+    Raises:
+        ValueError: mujoco is not installed.
+    """
+    frames, camera = NUM_FRAMES + FUTURE_FRAMES, scene.view.camera
+    run = simulate(scene, frames)
+    true = history(run, camera)
+    if not _same(true, history(simulate(scene, frames, noise=scene.seed), camera)):
+        return None
+    without = {}
+    for i in range(len(scene.bodies)):
+        other = history(simulate(scene, frames, [i]), camera)
+        if _same(other, history(simulate(scene, frames, [i], noise=scene.seed), camera)):
+            without[i] = other
+    return World(scene_index, scene.properties, to_motion(run, camera), true, without), run
+
+
+def to_motion(run: Run, camera: Camera) -> Motion:
+    """A run in CLEVRER's terms; orientations are angles about the fixed axes x, y and z, applied in this order."""
+    r = run.rotation
+    roll, yaw = np.arctan2(r[..., 2, 1], r[..., 2, 2]), np.arctan2(r[..., 1, 0], r[..., 0, 0])
+    pitch = np.arcsin(np.clip(-r[..., 2, 0], -1, 1))
+    return Motion(
+        location=run.position,
+        orientation=np.stack([roll, pitch, yaw], axis=-1),
+        velocity=run.velocity,
+        angular_velocity=run.angular_velocity,
+        in_view=in_view(run.position, camera),
+    )
+
+
+def _same(one: History, other: History) -> bool:
+    return len(one.events) == len(other.events) and all(
+        a.kind == b.kind and a.objects == b.objects and abs(a.frame - b.frame) <= 1
+        for a, b in zip(one.events, other.events, strict=True)
+    )
+
+
+def video_seed(seed: int, split: str, number: int, attempt: int = 0) -> int:
+    """Seed of a video, 64 bits, from that of a set of videos; a further attempt has another.
 
     Raises:
         ValueError: there is no such split.
@@ -301,7 +349,7 @@ def video_seed(seed: int, split: str, number: int) -> int:
     if split not in EPISODES_PER_SPLIT:
         raise ValueError(f"clevrer-sim has the splits {', '.join(EPISODES_PER_SPLIT)}, got {split!r}")
     philox = np.random.Philox(key=[seed, number], counter=[0, 0, 0, list(EPISODES_PER_SPLIT).index(split)])  # pyright: ignore[reportArgumentType]
-    return int(philox.random_raw())
+    return int(philox.random_raw(attempt + 1)[-1])
 
 
 def _random(seed: int, stream: int) -> np.random.RandomState:
