@@ -583,13 +583,13 @@ ABOUT: dict[str, dict[str, str]] = {
     },
     "ssm": {
         "debug": "tiny state-space model for tests; seconds",
-        "small": "state-space model on 32-pixel cannonballs, curriculum from one to three; not yet trained to its end",
+        "small": "state-space model on 32-pixel cannonballs, curriculum from one to three; half an hour on one core",
         "cannonballs": "one to three cannonballs at 48 pixels as in the paper, 2e5 steps",
         "cannonballs-32": "the same at 32 pixels",
     },
     "ed_lstm": {
         "debug": "tiny ED-LSTM for tests; seconds",
-        "small": "ED-LSTM on 32-pixel cannonballs; not yet trained to its end",
+        "small": "ED-LSTM on 32-pixel cannonballs; half an hour on one core",
         "cannonballs": "the paper's baseline at 48 pixels, fully connected, 2e5 steps",
         "cannonballs-32": "the same at 32 pixels",
         "cannonballs-convolutional": "the same at 48 pixels with convolutions",
