@@ -216,11 +216,11 @@ def to_proposals(index: int, masks: np.ndarray, properties: Sequence[Properties]
         raise ValueError("--proposals needs the package pycocotools: pip install pycocotools") from error
 
     def propose(mask: np.ndarray, i: int) -> dict[str, Any]:
-        coded = coco.encode(np.asfortranarray(mask == i + 1, np.uint8))
+        counts = coco.encode(np.asfortranarray(mask == i + 1, np.uint8))["counts"]
         return {
             **properties[i]._asdict(),
             "score": 1.0,
-            "mask": {"size": list(mask.shape), "counts": bytes(coded["counts"]).decode()},
+            "mask": {"size": list(mask.shape), "counts": counts.decode() if isinstance(counts, bytes) else counts},
         }
 
     frames = [
