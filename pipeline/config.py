@@ -799,6 +799,8 @@ class MakeQuestionsRun:
     """Folder or s3:// URL that simulate_clevrer.py wrote."""
     out: str
     """Question file FILE.json or s3:// URL to write; an earlier one is replaced."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Which of its splits."""
     questions: GeneratorConfig = field(default_factory=GeneratorConfig)
     """How many, and in which form."""
 

@@ -75,6 +75,25 @@ def read_questions(run: "ReadQuestionsRun") -> str:
     return f"{table.num_rows:,} rows of {len(read.videos):,} videos, {published.size:,} bytes: {out}"
 
 
+def ask(run: "MakeQuestionsRun") -> str:
+    """Ask questions about the videos of a folder that ``simulate_clevrer.py`` wrote; see :func:`make_questions`.
+
+    What would happen without an object is in a scene file only if it is the same from starts that differ by a hair, and
+    so is the video itself, so that no further perturbed simulations are needed here. Scene files that cannot be read
+    are named and left out.
+    """
+    from pipeline.simulate import read_worlds
+
+    faults: list[str] = []
+    try:
+        return make_questions(run, read_worlds(run.scenes, run.split, faults))
+    finally:
+        for fault in faults[:NOTES]:
+            print(f"note: no questions about {fault}")
+        if len(faults) > NOTES:
+            print(f"and {len(faults) - NOTES:,} more")
+
+
 def make_questions(
     run: "MakeQuestionsRun", worlds: Iterable[World], perturbed: Callable[[World], Sequence[World]] | None = None
 ) -> str:
