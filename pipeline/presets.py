@@ -311,9 +311,9 @@ _ODDN = ODDNConfig()
 _IODINE_16 = replace(_IODINE, num_slots=7, slot_dim=16)
 _PROVIDE_16 = replace(_PROVIDE_CLEVRER, num_slots=7, slot_dim=16)
 
-# 32-pixel scenes of three objects on one CPU core: the middle 192 of CLEVRER's 320 lines, because an object of four pixels
-# is not found by a short run. IODINE first, K growing by one, then ODDN from its weights (--init RUN). The variance is that
-# of IODINE's own paper: these objects have few pixels and little contrast.
+# 32-pixel scenes of three objects on one CPU core: the middle 192 of CLEVRER's 320 lines, because an object of four
+# pixels is not found by a short run. IODINE first, K growing by one, then ODDN from its weights (--init RUN). The
+# variance is that of IODINE's own paper: these objects have few pixels and little contrast.
 _IODINE_SCENES_SMALL = replace(
     _IODINE_SMALL,
     model=replace(_IODINE_SMALL.model, image_size=32, num_slots=5, num_refinements=5, likelihood_var=0.01),
