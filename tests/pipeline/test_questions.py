@@ -176,7 +176,7 @@ def test_the_job_says_what_it_wrote_and_fails_in_one_line(
 
 
 def test_questions_about_worlds_are_one_readable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run = MakeQuestionsRun("scenes", str(tmp_path / "train.json"), GeneratorConfig(descriptive=5))
+    run = MakeQuestionsRun("scenes", str(tmp_path / "train.json"), questions=GeneratorConfig(descriptive=5))
     message = make_questions(run, map(world, range(20)))
     told = capsys.readouterr().out
     read = from_json(json.loads(Path(run.out).read_text()), "train.json")
