@@ -132,9 +132,9 @@ def to_sample(clip: Clip, codec: str = "zstd") -> dict[str, bytes]:
         import zstandard
 
         compressor = zstandard.ZstdCompressor(level=3, write_checksum=True, write_content_size=True)
-        frames = compressor.compress(_npy_bytes(clip.frames))
+        frames = compressor.compress(to_npy(clip.frames))
     elif codec == "npy":
-        frames = _npy_bytes(clip.frames)
+        frames = to_npy(clip.frames)
     else:
         frames = _webp_bytes(clip)
     meta = {
@@ -149,7 +149,7 @@ def to_sample(clip: Clip, codec: str = "zstd") -> dict[str, bytes]:
     }
     members = {_MEMBERS[codec]: frames, "json": json.dumps(meta, sort_keys=True).encode()}
     for name in sorted(clip.truth):
-        members[f"{name}.npy"] = _npy_bytes(clip.truth[name])
+        members[f"{name}.npy"] = to_npy(clip.truth[name])
     return members
 
 
@@ -622,7 +622,8 @@ def _meta(key: str, data: bytes | memoryview) -> tuple[tuple[int, ...], dict[str
     return shape, rest
 
 
-def _npy_bytes(array: np.ndarray) -> bytes:
+def to_npy(array: np.ndarray) -> bytes:
+    """Encode an array as ``.npy`` bytes, without any pickle; equal arrays give equal bytes."""
     buffer = io.BytesIO()
     # asarray with order="C" keeps rank 0, where ascontiguousarray would make it rank 1.
     np.lib.format.write_array(buffer, np.asarray(array, order="C"), version=(1, 0), allow_pickle=False)

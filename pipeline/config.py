@@ -707,6 +707,9 @@ class SimulateRun:
     """Of the frames in pixels, even; they are half as wide again. None is CLEVRER's 320, of mitsuba 128."""
     proposals: bool = False
     """Also write the masks as CLEVRER's derender_proposals, in COCO's run lengths."""
+    questions: bool = True
+    """Also write ``questions/SPLIT.json`` about all videos that the split then has; not of towers. make_questions.py can
+    write others."""
     workers: int | None = None
     """CPU slots of a Ray started by this job; None takes every core, or the cluster that is there."""
 

@@ -2,7 +2,7 @@
 
     OUT/<split>/video_00000-01000/video_00000.mp4              h264
                 annotation_00000-01000/annotation_00000.json   CLEVRER's schema
-                mask_00000-01000/mask_00000.npz                masks uint8 (t, h, w): 0 background, object i is i + 1
+                mask_00000-01000/mask_00000.npy.zst            masks uint8 (t, h, w): 0 background, object i is i + 1
                 scene_00000-01000/scene_00000.json             how to make the video again, all events, what if
                 derender_proposals/proposal_00000.json         on demand, CLEVRER's schema
 
@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from objdyn.clevrer import FPS, Properties, World
+from objdyn.clips import to_npy
 from objdyn.simulators import clevrer, towers
 from objdyn.simulators.clevrer_json import to_annotation, to_scene, to_world
 from objdyn.simulators.rendering import renderer
 from pipeline import store
-from pipeline.config import SimulateRun
+from pipeline.config import MakeQuestionsRun, SimulateRun
 
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
@@ -72,7 +73,13 @@ def simulate(run: SimulateRun) -> str:
         raise ValueError(
             f"{len(lost)} videos killed their process twice, first index {lost[0]}; run again to make them"
         )
-    return f"{run.videos} videos in {store.join(folder, run.split)}"
+    where = f"{run.videos} videos in {store.join(folder, run.split)}"
+    if run.scene == "towers" or not run.questions:
+        return where
+    from pipeline.questions import ask
+
+    asked = MakeQuestionsRun(folder, store.join(folder, f"questions/{run.split}.json"), run.split)
+    return f"{where}\n{ask(asked)}"
 
 
 def read_worlds(out: str, split: str, faults: list[str]) -> Iterator[World]:
@@ -140,6 +147,8 @@ def _finished(run: SimulateRun, folder: str, index: int) -> Made | None:
 
 def _make(run: SimulateRun, folder: str, item: str) -> str:
     """Make one video and return its ``Made`` (JSON). This is the body of a Ray task."""
+    import zstandard
+
     index = int(item)
     view = clevrer.VIEW if run.scene == "clevrer" else towers.VIEW
     width, height = run.size
@@ -161,7 +170,7 @@ def _make(run: SimulateRun, folder: str, item: str) -> str:
     split = store.join(folder, run.split)
     files = {
         _path("video", index, "mp4"): encode_video([picture.frame for picture in pictures]),
-        _path("mask", index, "npz"): _npz(masks),
+        _path("mask", index, "npy.zst"): zstandard.ZstdCompressor(level=3, write_checksum=True).compress(to_npy(masks)),
         _path("annotation", index, "json"): json.dumps(annotation).encode(),
     }
     if run.proposals:
@@ -228,12 +237,6 @@ def to_proposals(index: int, masks: np.ndarray, properties: Sequence[Properties]
         for frame, mask in enumerate(masks)
     ]
     return {"video_index": index, "video_name": f"video_{index:05d}.mp4", "frames": frames}
-
-
-def _npz(masks: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.savez_compressed(file, masks=masks)
-    return file.getvalue()
 
 
 def _describe(known: int, made: Sequence[Made], videos: Sequence[Made]) -> str:
