@@ -708,7 +708,7 @@ class SimulateRun:
     proposals: bool = False
     """Also write the masks as CLEVRER's derender_proposals, in COCO's run lengths."""
     questions: bool = True
-    """Also write ``questions/SPLIT.json`` about all videos that the split then has; not of towers. Others can be written
+    """Also write ``questions/SPLIT.json`` about all videos the split then has; not of towers. Others can be written
     by make_questions.py."""
     workers: int | None = None
     """CPU slots of a Ray started by this job; None takes every core, or the cluster that is there."""
