@@ -165,16 +165,17 @@ def simulate(scene: Scene, frames: int, without: Collection[int] = (), noise: in
     _start(model, data, scene, ids, noise)
     owner = np.full(model.ngeom, -1)  # of a geom; the floor and feet have none
     owner[[model.geom(str(i)).id for i in ids]] = ids
+    mujoco.mj_step1(
+        model, data
+    )  # poses and contacts of the state that there is, after which a step has its second half
     for frame in range(frames):
         for _ in range(SUBSTEPS if frame else 0):
-            mujoco.mj_step(model, data)
+            mujoco.mj_step2(model, data)
+            mujoco.mj_step1(model, data)
             pairs = owner[data.contact.geom[data.contact.dist < 0]]
             pairs = pairs[(pairs >= 0).all(axis=1)]
             if len(pairs):
                 run.touching[frame, pairs[:, 0], pairs[:, 1]] = run.touching[frame, pairs[:, 1], pairs[:, 0]] = True
-        mujoco.mj_kinematics(model, data)  # a step leaves poses as they were before it
-        mujoco.mj_comPos(model, data)
-        mujoco.mj_comVel(model, data)
         run.position[frame, ids] = data.xpos[1:]
         run.rotation[frame, ids] = data.xmat[1:].reshape(-1, 3, 3)
         for row, i in enumerate(ids):
@@ -348,13 +349,18 @@ def video_seed(seed: int, split: str, number: int, attempt: int = 0) -> int:
     """
     if split not in EPISODES_PER_SPLIT:
         raise ValueError(f"clevrer-sim has the splits {', '.join(EPISODES_PER_SPLIT)}, got {split!r}")
-    philox = np.random.Philox(key=[seed, number], counter=[0, 0, 0, list(EPISODES_PER_SPLIT).index(split)])  # pyright: ignore[reportArgumentType]
-    return int(philox.random_raw(attempt + 1)[-1])
+    return int(philox(seed, number, list(EPISODES_PER_SPLIT).index(split)).random_raw(attempt + 1)[-1])
+
+
+def philox(one: int, other: int, stream: int) -> np.random.Philox:
+    """A counter-based generator, whose output no numpy version changes, from two numbers of 64 bits."""
+    counter = np.array([0, 0, 0, stream], np.uint64)
+    return np.random.Philox(key=np.array([one, other], np.uint64), counter=counter)  # a list would go through floats
 
 
 def _random(seed: int, stream: int) -> np.random.RandomState:
-    # The legacy distributions on a counter-based generator: no numpy version changes either of them.
-    return np.random.RandomState(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, stream]))  # pyright: ignore[reportArgumentType]
+    # The legacy distributions: no numpy version changes them either.
+    return np.random.RandomState(philox(seed, 0, stream))
 
 
 def _draw(random: np.random.RandomState, seed: int, number: int) -> Scene | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from objdyn.clevrer import COLORS, FPS, Properties, World
-from objdyn.simulators.clevrer import GRAVITY, HALF, MASS, Body, Run, Scene, history, to_motion
+from objdyn.simulators.clevrer import GRAVITY, HALF, MASS, Body, Run, Scene, history, philox, to_motion
 from objdyn.simulators.rendering import View, import_extra
 
 FRICTION = 0.6
@@ -45,8 +45,7 @@ def draw_scene(seed: int, cubes: tuple[int, int] = (2, 4)) -> Scene:
     low, high = cubes
     if not 2 <= low <= high <= MAX_CUBES or not 0 <= seed < 2**64:
         raise ValueError(f"a tower has 2 to {MAX_CUBES} cubes and a seed of 64 bits, got {cubes} and {seed}")
-    # The legacy distributions on a counter-based generator: no numpy version changes either of them.
-    random = np.random.RandomState(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, 2]))  # pyright: ignore[reportArgumentType]
+    random = np.random.RandomState(philox(seed, 0, 2))
     number = int(random.randint(low, high + 1))
     colors, facing = random.permutation(len(COLORS))[:number], random.uniform(-math.pi, math.pi)
     place, bodies = np.zeros(2), []
@@ -79,14 +78,15 @@ def simulate(scene: Scene, frames: int = NUM_FRAMES) -> Tower:
         *(np.empty((frames, number, *rest)) for rest in ((3,), (3, 3), (3,), (3,))),
         touching=np.zeros((frames, number, number), bool),
     )
+    mujoco.mj_step1(model, data)
     for frame in range(frames):
         for _ in range(_SUBSTEPS if frame else 0):
-            mujoco.mj_step(model, data)
+            mujoco.mj_step2(model, data)
+            mujoco.mj_step1(model, data)
             pairs = data.contact.geom[data.contact.dist < 0] - 1  # the floor is the first
             pairs = pairs[(pairs >= 0).all(axis=1)]
             run.touching[frame, pairs[:, 0], pairs[:, 1]] = run.touching[frame, pairs[:, 1], pairs[:, 0]] = True
-        mujoco.mj_kinematics(model, data)
-        run.position[frame], run.rotation[frame] = place[:, :3], data.xmat[1:].reshape(number, 3, 3)
+        run.position[frame], run.rotation[frame] = data.xpos[1:], data.xmat[1:].reshape(number, 3, 3)
         run.velocity[frame] = speed[:, :3]
         run.angular_velocity[frame] = np.einsum("nij,nj->ni", run.rotation[frame], speed[:, 3:])
     lower = run.position[0, :, 2] - run.position[last, :, 2]
