@@ -93,9 +93,10 @@ def read_worlds(out: str, split: str, faults: list[str]) -> Iterator[World]:
             continue
         try:
             scene = store.read_json(store.join(folder, name))
-            annotation = store.read_json(store.join(folder, name.replace("scene_", "annotation_")))
-            world = to_world(scene, annotation)
-        except (OSError, ValueError) as error:
+            annotation = name.replace("scene_", "annotation_")
+            digest = scene["made"]["files"][annotation]["sha256"]
+            world = to_world(scene, json.loads(store.read_bytes(store.join(folder, annotation), digest)))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             faults.append(f"{name}: {error}")
             continue
         yield world
@@ -182,7 +183,7 @@ def _make(run: SimulateRun, folder: str, item: str) -> str:
         "files": {name: each._asdict() for name, each in published.items()},
         "counts": {name: value for name, value in made._asdict().items() if name != "video"},
     }
-    store.publish(store.join(split, _path("scene", index, "json")), json.dumps(content).encode())
+    store.publish_json(store.join(split, _path("scene", index, "json")), content)
     return json.dumps(made)
 
 

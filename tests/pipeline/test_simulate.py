@@ -42,7 +42,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run_in(folder: Path, **settings: object) -> SimulateRun:
-    return dataclasses.replace(SimulateRun(str(folder), videos=2, objects="3", height=64), **settings)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(SimulateRun(str(folder), videos=2, objects="2", height=16), **settings)  # pyright: ignore[reportArgumentType]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -74,21 +74,21 @@ def test_a_written_folder_is_clevrers_and_counts_add_up(tmp_path: Path, capsys: 
     assert [world.scene_index for world in worlds] == [10_000, 10_001]
     collisions = sum(event.kind == "collision" and event.frame < 128 for w in worlds for event in w.history.events)
     out = sum(len(world.without) for world in worlds)
-    told = f"videos 2 = 2 made + 0 there already; objects 6, of which {out} can be taken out; collisions {collisions}\n"
+    told = f"videos 2 = 2 made + 0 there already; objects 4, of which {out} can be taken out; collisions {collisions}\n"
     assert capsys.readouterr().out == told
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11 with numpy 2
 def test_files_show_what_the_scene_file_says(tmp_path: Path) -> None:
     coco = pytest.importorskip("pycocotools.mask")
-    simulate.simulate(run_in(tmp_path, videos=1, first=7, proposals=True))
+    simulate.simulate(run_in(tmp_path, videos=1, first=7, height=64, proposals=True))
     (world,) = simulate.read_worlds(str(tmp_path), "train", [])
-    scene = clevrer.draw_scene(clevrer.video_seed(0, "train", 7), (3, 3))
+    scene = clevrer.draw_scene(clevrer.video_seed(0, "train", 7), (2, 2))
     imagined = clevrer.imagine(scene, 7)
     assert imagined is not None
-    assert (world.properties, world.history, world.without) == dataclasses.astuple(imagined[0])[1:2] + (
-        imagined[0].history,
-        imagined[0].without,
-    )
+    assert world.properties == imagined[0].properties
+    assert world.history == imagined[0].history
+    assert world.without == imagined[0].without
     painter = renderer("mujoco", dataclasses.replace(clevrer.VIEW, width=96, height=64))
     pictures = [painter.draw(clevrer.solids(scene, imagined[1], frame)) for frame in range(128)]
     files = contents(tmp_path / "train")
@@ -125,14 +125,14 @@ def test_a_job_that_stopped_goes_on(tmp_path: Path, without_ray: list[str], caps
 def test_videos_of_other_settings_are_not_overwritten(tmp_path: Path) -> None:
     simulate.simulate(run_in(tmp_path, videos=1))
     before = contents(tmp_path)
-    for change in ({"objects": "4"}, {"seed": 1}, {"height": 32}, {"scene": "towers"}):
+    for change in ({"objects": "3"}, {"seed": 1}, {"height": 32}, {"scene": "towers"}):
         with pytest.raises(ValueError, match="made with other settings"):
             simulate.simulate(run_in(tmp_path, **change))
     assert contents(tmp_path) == before
 
 
 def test_worlds_that_cannot_be_read_are_named_and_left_out(tmp_path: Path) -> None:
-    simulate.simulate(run_in(tmp_path, height=16))
+    simulate.simulate(run_in(tmp_path))
     (tmp_path / "train/annotation_00000-01000/annotation_00000.json").unlink()
     scene = tmp_path / "train/scene_00000-01000/scene_00001.json"
     scene.write_text(scene.read_text()[:-20])
@@ -145,7 +145,7 @@ def test_worlds_that_cannot_be_read_are_named_and_left_out(tmp_path: Path) -> No
 
 
 def test_towers_have_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    simulate.simulate(run_in(tmp_path, scene="towers", objects="", videos=4, height=16))
+    simulate.simulate(run_in(tmp_path, scene="towers", objects="", videos=4))
     wanted = [towers.simulate(towers.draw_scene(clevrer.video_seed(0, "train", index))).stands for index in range(4)]
     scenes = [json.loads(path.read_text()) for path in sorted(tmp_path.rglob("scene_*.json"))]
     assert [scene["label"] for scene in scenes] == ["stand" if stands else "fall" for stands in wanted]
