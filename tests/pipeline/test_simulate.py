@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from objdyn.clips import read_video
+from objdyn.questions.executor import answer
+from objdyn.questions.records import from_json
 from objdyn.simulators import clevrer, towers
 from objdyn.simulators.rendering import renderer
 from pipeline import cluster, simulate
@@ -42,7 +45,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run_in(folder: Path, **settings: object) -> SimulateRun:
-    return dataclasses.replace(SimulateRun(str(folder), videos=2, objects="2", height=16), **settings)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(SimulateRun(str(folder), videos=2, objects="2", height=16, questions=False), **settings)  # pyright: ignore[reportArgumentType]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -60,8 +63,8 @@ def test_a_written_folder_is_clevrers_and_counts_add_up(tmp_path: Path, capsys: 
             "annotation_10000-11000/annotation_10001.json",
             "derender_proposals/proposal_10000.json",
             "derender_proposals/proposal_10001.json",
-            "mask_10000-11000/mask_10000.npz",
-            "mask_10000-11000/mask_10001.npz",
+            "mask_10000-11000/mask_10000.npy.zst",
+            "mask_10000-11000/mask_10001.npy.zst",
             "scene_10000-11000/scene_10000.json",
             "scene_10000-11000/scene_10001.json",
             "video_10000-11000/video_10000.mp4",
@@ -78,6 +81,24 @@ def test_a_written_folder_is_clevrers_and_counts_add_up(tmp_path: Path, capsys: 
     assert capsys.readouterr().out == told
 
 
+def test_questions_about_all_videos_are_written_in_the_same_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_in(tmp_path, videos=1, objects="4", questions=True)
+    simulate.simulate(run)
+    message = simulate.simulate(dataclasses.replace(run, first=1))
+    path = tmp_path / "questions" / "train.json"
+    read = from_json(json.loads(path.read_bytes()), path.name)
+    assert not read.faults
+    assert [video.scene_index for video in read.videos] == [0, 1]
+    assert f"{read.found} questions about 2 videos" in message
+    assert "descriptive count: " in capsys.readouterr().out
+    for video, world in zip(read.videos, simulate.read_worlds(str(tmp_path), "train", []), strict=True):
+        for question in video.questions:
+            if question.type == "descriptive":
+                assert answer(question.program, world) == question.answer
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11 with numpy 2
 def test_files_show_what_the_scene_file_says(tmp_path: Path) -> None:
     coco = pytest.importorskip("pycocotools.mask")
@@ -92,8 +113,8 @@ def test_files_show_what_the_scene_file_says(tmp_path: Path) -> None:
     painter = renderer("mujoco", dataclasses.replace(clevrer.VIEW, width=96, height=64))
     pictures = [painter.draw(clevrer.solids(scene, imagined[1], frame)) for frame in range(128)]
     files = contents(tmp_path / "train")
-    with np.load(io.BytesIO(files["mask_00000-01000/mask_00007.npz"]), allow_pickle=False) as archive:
-        masks = archive["masks"]
+    packed = files["mask_00000-01000/mask_00007.npy.zst"]
+    masks = np.load(io.BytesIO(zstandard.ZstdDecompressor().decompress(packed)), allow_pickle=False)
     np.testing.assert_array_equal(masks, [picture.mask for picture in pictures])
     video = read_video(io.BytesIO(files["video_00000-01000/video_00007.mp4"]))
     error = np.square(video.frames - np.stack([p.frame for p in pictures]).astype(np.float64)).mean()
