@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
 
 from objdyn.clevrer import HEIGHT, WIDTH, Camera, look_at
 
@@ -269,6 +268,8 @@ class MitsubaRenderer:
         number = np.array([0, *(int(owner) + 1 if owner.isdecimal() else 0 for owner in owners)], np.uint8)
         mask = number[np.rint(which).astype(np.int64)]
         if self._width != view.width:
+            from PIL import Image
+
             size = (view.width, view.height)
             frame = np.array(Image.fromarray(frame).resize(size, Image.Resampling.BOX))
             mask = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
