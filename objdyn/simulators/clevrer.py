@@ -6,7 +6,7 @@ CLEVRER's generator was not published; what is ours:
 
 - All objects weigh the same and are 0.4 wide and high. Cubes and cylinders glide over the floor with friction 0.045 and
   turn, but cannot tip over: where a slow edge rests would decide what happens next. Spheres roll, and slow down by 0.39
-  per second. Pairs bounce without friction, with about half to two thirds of their speed.
+  per second. Pairs bounce without friction and part with six tenths of the speed at which they met.
 - At first some objects rest in view and the others are out of it, fast enough to reach one of those that rest, or
   another place in view, sooner or later; see :func:`draw_run` for which starts are taken.
 - The camera is chosen to show objects as large and as far apart as CLEVRER's frames do.
@@ -601,7 +601,8 @@ def episodes(options: Options, split: str, first: int, count: int) -> list[Clevr
     Raises:
         ValueError: there is no such split, or the range leaves it.
     """
-    video_seed(options.seed, split, 0)
+    if split not in EPISODES_PER_SPLIT:
+        raise ValueError(f"clevrer-sim has the splits {', '.join(EPISODES_PER_SPLIT)}, got {split!r}")
     total = EPISODES_PER_SPLIT[split]
     if first < 0 or count < 0 or first + count > total:
         raise ValueError(f"clevrer-sim/{split} has {total} episodes, got first={first} and count={count}; ask for less")
