@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def examples(folder: Path, repository: Path) -> dict[str, list[str]]:
     """The section's code blocks by language, with the folders filled in."""
-    section = (repository / "README.md").read_text().split("### Using the tables")[1].split("\n## ")[0]
+    section = (repository / "README.md").read_text().split("### Using the tables")[1].split("\n##")[0]
     blocks: dict[str, list[str]] = {}
     for language, code in re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL):
         filled = code.replace("TABLES", str(folder / "tables")).replace("EXPORTS", str(folder / "exports"))
