@@ -118,7 +118,7 @@ MODULES: dict[str, tuple[Signature, ...]] = {
 """By name, the types that a module takes and the one that it yields; several where these go together."""
 MODULES |= {alias: MODULES[name] for alias, name in ALIASES.items()}
 
-MAX_TOKENS = 500
+MAX_TOKENS = 200
 """Of a program; CLEVRER's have some forty."""
 GIVEN = "the choice"
 """Token of the leaf that stands for what a choice gives to its question's program; printed as nothing."""

@@ -301,8 +301,9 @@ def imagine(scene: Scene, scene_index: int) -> tuple[World, Run] | None:
 
     That is the run itself, ``FUTURE_FRAMES`` frames after the shown ones, and the run without each of the objects from
     the same start. Each is repeated with noise of ``NOISE`` on the positions at the start: if the same objects do not
-    have the same events in the same order, at most a frame earlier or later, then chance decides what happens. Such a
-    run without an object is left out of ``World.without``; if the video's own run is one, the result is None.
+    have the same events in the same order, at most a frame earlier or later and on the same side of the video's end,
+    then chance decides what happens. Such a run without an object is left out of ``World.without``; if the video's own
+    run is one, the result is None.
 
     Raises:
         ValueError: mujoco is not installed.
@@ -336,7 +337,10 @@ def to_motion(run: Run, camera: Camera) -> Motion:
 
 def _same(one: History, other: History) -> bool:
     return len(one.events) == len(other.events) and all(
-        a.kind == b.kind and a.objects == b.objects and abs(a.frame - b.frame) <= 1
+        a.kind == b.kind
+        and a.objects == b.objects
+        and abs(a.frame - b.frame) <= 1
+        and (a.frame < NUM_FRAMES) == (b.frame < NUM_FRAMES)
         for a, b in zip(one.events, other.events, strict=True)
     )
 

@@ -88,7 +88,7 @@ def test_a_tree_has_the_inputs_in_their_order():
         ("objects", r"yields objects at its end, 'objects', wanted color or material or shape or"),
         ("unseen_events belong_to", r"token 1, 'belong_to', takes 2 inputs, 1 are there"),
         ("", "the program is empty"),
-        ("objects exist" + " negate" * 500, "has 502 tokens, more than the 500"),
+        ("objects exist" + " negate" * 200, "has 202 tokens, more than the 200"),
     ],
 )
 def test_a_malformed_program_is_refused_with_its_token_and_position(program: str, complaint: str):

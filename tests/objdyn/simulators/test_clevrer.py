@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from objdyn.clevrer import FUTURE_FRAMES, NUM_FRAMES, Camera, Event, Properties
+from objdyn.clevrer import FUTURE_FRAMES, NUM_FRAMES, Camera, Event, History, Properties
 from objdyn.simulators import Episode, clevrer, simulator
 from objdyn.simulators.clevrer import HALF, MARGIN, Body, Options, Run, Scene
 from objdyn.simulators.clevrer_json import from_scene, to_annotation, to_scene, to_world
@@ -390,3 +390,13 @@ def test_a_clip_outside_the_episode_is_refused() -> None:
         episode.clip(6, 3)
     with pytest.raises(ValueError, match="10000 episodes"):
         clevrer.episodes(Options(), "train", 9_999, 2)
+
+
+def test_an_event_that_noise_moves_over_the_videos_end_is_chance() -> None:
+    def at(frame: int) -> History:
+        return History((Event("collision", frame, (0, 1)),))
+
+    assert clevrer._same(at(100), at(101))
+    assert not clevrer._same(at(100), at(102))
+    assert not clevrer._same(at(NUM_FRAMES - 1), at(NUM_FRAMES))
+    assert clevrer._same(at(NUM_FRAMES), at(NUM_FRAMES + 1))
