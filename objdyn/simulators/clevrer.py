@@ -557,10 +557,11 @@ class ClevrerEpisode:
     def clip(self, start: int = 0, length: int | None = None) -> Clip:
         """Draw ``length`` frames from frame ``start``; ``None`` means until the end.
 
-        ``truth`` has ``positions`` of the centres in the square picture, ``velocities`` (their change per kept frame,
-        at that frame), ``present`` (in view, see :func:`in_view`; positions and velocities of others are 0),
-        ``segmentation`` (0 background, object i is i + 1), ``num_objects``, seen or not, and ``collided``, bool
-        (t, n, n), pairs with a collision since the kept frame before. Where the number of objects varies there is room
+        ``truth`` is that of the reader (``objdyn.datasets.clevrer.read``) for the same video: ``positions`` of the
+        centres in the square picture and ``velocities`` (their change per kept frame, at that frame), also of objects
+        out of view, NaN behind the camera; ``present``, in view of the whole frame (:func:`in_view`) and, where the
+        picture is a part of it, with the centre in the picture; ``segmentation`` (0 background, object i is i + 1);
+        and ``num_objects``, those present in some frame of the clip. Where the number of objects varies there is room
         for the most.
 
         Raises:
@@ -575,22 +576,19 @@ class ClevrerEpisode:
         kept = np.arange(start, start + length) * options.stride
         painter = renderer(options.renderer, view)
         pictures = [painter.draw(solids(scene, run, frame)) for frame in kept.tolist()]
-        present = in_view(run.position, view.camera)[kept]
         position = view.camera.project(run.position[kept])
+        present = in_view(run.position, VIEW.camera)[kept]
+        if options.fit != "squeeze":
+            present &= (np.abs(position) <= 1).all(axis=-1)
         velocity = _projected_velocity(view.camera, run.position[kept], run.velocity[kept]) / options.fps
         number, most = len(scene.bodies), options.objects[1]
-        collided = np.zeros((len(run.position), most, most), bool)
-        for event in collisions(run.touching):
-            collided[event.frame][np.ix_(event.objects, event.objects)] = ~np.eye(2, dtype=bool)
-        since = [collided[max(frame - options.stride + 1, 0) : frame + 1].any(axis=0) for frame in kept]
         room = ((0, 0), (0, most - number))
         truth = {
-            "collided": np.stack(since),
-            "num_objects": np.array(number, dtype=np.int64),
-            "positions": np.pad(np.where(present[..., None], position, 0), (*room, (0, 0))).astype(np.float32),
+            "num_objects": np.asarray(present.any(axis=0).sum(), np.int64),
+            "positions": np.pad(position, (*room, (0, 0))).astype(np.float32),
             "present": np.pad(present, room),
             "segmentation": np.stack([picture.mask for picture in pictures]),
-            "velocities": np.pad(np.where(present[..., None], velocity, 0), (*room, (0, 0))).astype(np.float32),
+            "velocities": np.pad(velocity, (*room, (0, 0))).astype(np.float32),
         }
         frames = np.stack([picture.frame for picture in pictures])
         return Clip(self.key, frames, fps=options.fps, start_frame=start, stride=1, source=self.source, truth=truth)
@@ -630,8 +628,9 @@ def solids(scene: Scene, run: Run, frame: int) -> list[Solid]:
 def _projected_velocity(
     camera: Camera, points: Float[np.ndarray, "*batch 3"], velocity: Float[np.ndarray, "*batch 3"]
 ) -> Float[np.ndarray, "*batch 2"]:
-    """Change of ``camera.project(points)`` per second."""
+    """Change of ``camera.project(points)`` per second, NaN where that is."""
     u, v, w = np.moveaxis(points @ camera.matrix[:, :3].T + camera.matrix[:, 3], -1, 0)
+    w = np.where(w > 0, w, np.nan)
     du, dv, dw = np.moveaxis(velocity @ camera.matrix[:, :3].T, -1, 0)
     pixels = np.stack([dv / w - v * dw / w**2, du / w - u * dw / w**2], axis=-1)
     return 2 * pixels / (np.array([camera.height, camera.width]) - 1)
