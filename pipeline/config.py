@@ -565,6 +565,9 @@ class ShardRun:
     clips: Literal["whole", "provide", "ddlp"] = "whole"
     """Where clips are cut: all over the video, from start to stop; or, of clevrer, one clip where all objects come into
     view, of videos in which they stay for 40 frames (PROVIDE's test); or frames 18 to 117 (DDLP)."""
+    min_objects: int | None = None
+    """Of clevrer, leave out videos with fewer annotated objects. With max_objects, a dataset per number of objects,
+    as PROVIDE groups its test videos."""
     max_objects: int | None = None
     """Of clevrer, leave out videos with more annotated objects, such as the slots of a model hold; None takes all."""
     frames: int = 20
@@ -620,7 +623,7 @@ class ShardRun:
                 raise ValueError(f"{name} must be more than 0 and at most 1,000,000, got {getattr(self, name)}")
         if self.max_memory_gb < 0.2:
             raise ValueError(f"max_memory_gb must be at least 0.2, or no decoder can start, got {self.max_memory_gb}")
-        for name in ("clips_per_shard", "limit", "workers", "max_frames", "max_pixels", "max_objects"):
+        for name in ("clips_per_shard", "limit", "workers", "max_frames", "max_pixels", "min_objects", "max_objects"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -630,7 +633,14 @@ class ShardRun:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if not 0 <= self.max_quarantined <= 1:
             raise ValueError(f"max_quarantined is a share in [0, 1], got {self.max_quarantined}")
-        asked = {"video_range": self.video_range, "clips": self.clips != "whole", "max_objects": self.max_objects}
+        if (self.min_objects or 0) > (self.max_objects or math.inf):
+            raise ValueError(f"min_objects {self.min_objects} is more than max_objects {self.max_objects}")
+        asked = {
+            "video_range": self.video_range,
+            "clips": self.clips != "whole",
+            "min_objects": self.min_objects,
+            "max_objects": self.max_objects,
+        }
         if self.layout != "clevrer" and any(asked.values()):
             name = next(name for name, value in asked.items() if value)
             raise ValueError(f"{name} is for layout 'clevrer', got layout {self.layout!r}")
@@ -639,7 +649,20 @@ class ShardRun:
         if self.clips == "provide" and self.hop is not None:
             raise ValueError("clips='provide' takes one clip of each video; leave hop as it is")
         self.numbers()
+        self._check_span()
         self.preprocessing()
+
+    def _check_span(self) -> None:
+        from objdyn.clevrer import NUM_FRAMES
+        from objdyn.datasets.clevrer import DDLP_FRAMES
+
+        # PROVIDE leaves out the last frame of a video that all objects stay in.
+        longest = {"provide": NUM_FRAMES - 1, "ddlp": DDLP_FRAMES[1] - DDLP_FRAMES[0]}.get(self.clips, math.inf)
+        if (span := (self.frames - 1) * self.stride + 1) > longest:
+            raise ValueError(
+                f"clips={self.clips!r} takes clips from at most {longest} of CLEVRER's {NUM_FRAMES} frames, and "
+                f"{self.frames} frames with stride {self.stride} span {span}; give fewer frames or a smaller stride"
+            )
 
     def numbers(self) -> range | None:
         """Return the numbers that ``video_range`` names, None where it is empty.
@@ -692,9 +715,9 @@ class SimulateRun:
     videos: int = 100
     """How many to have, from ``first`` on."""
     first: int | None = None
-    """Index of the first video; None takes CLEVRER's: 0 of train, 10000 of validation, 15000 of test."""
-    split: Literal["train", "validation", "test"] = "train"
-    """Folder inside ``out``; the same index is another video in another split."""
+    """Index of the first video; None takes CLEVRER's: 0 of train, 10000 of val, 15000 of test."""
+    split: Literal["train", "val", "test"] = "train"
+    """The same index is another video in another split. CLEVRER's folder of val is ``validation``."""
     scene: Literal["clevrer", "towers"] = "clevrer"
     """Objects that glide and collide, or towers of cubes that stand or fall."""
     objects: str = ""
@@ -730,7 +753,7 @@ class SimulateRun:
     @property
     def start(self) -> int:
         """Index of the first video."""
-        return {"train": 0, "validation": 10_000, "test": 15_000}[self.split] if self.first is None else self.first
+        return {"train": 0, "val": 10_000, "test": 15_000}[self.split] if self.first is None else self.first
 
     @property
     def size(self) -> tuple[int, int]:
@@ -802,7 +825,7 @@ class MakeQuestionsRun:
     """Folder or s3:// URL that simulate_clevrer.py wrote."""
     out: str
     """Question file FILE.json or s3:// URL to write; an earlier one is replaced."""
-    split: Literal["train", "validation", "test"] = "train"
+    split: Literal["train", "val", "test"] = "train"
     """Which of its splits."""
     questions: GeneratorConfig = field(default_factory=GeneratorConfig)
     """How many, and in which form."""

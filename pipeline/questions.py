@@ -120,7 +120,8 @@ def make_questions(
     count = sum(len(video.questions) for video in videos.values())
     if not count:
         raise ValueError(
-            f"{run.scenes} has {len(videos)} videos and nothing to ask about them; simulate some with objects"
+            f"there is nothing to ask about the {len(videos)} usable videos of {run.scenes}; simulate some with more "
+            "objects"
         )
     for line in describe(videos.values()):
         print(line)
@@ -145,9 +146,9 @@ def describe(videos: Iterable[VideoQuestions]) -> Iterator[str]:
     """Lines that say how the answers of each type and subtype are spread."""
     for (kind, subtype), answers in balance(videos).items():
         total = answers.total()
-        shares = ", ".join(f"{answer} {100 * n / total:.0f} %" for answer, n in sorted(answers.items()))
+        shares = ", ".join(f"{answer}: {100 * n / total:.0f} %" for answer, n in sorted(answers.items()))
         print_as = f"{kind} {subtype}".strip()
-        yield f"{print_as}: {total:,} answers: {shares}"
+        yield f"{print_as}, {total:,} answers, {shares}"
 
 
 def _told(read: QuestionFile, quarantine: str) -> Iterator[str]:

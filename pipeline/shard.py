@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -47,6 +48,8 @@ _OR_LIMITS = (
 OWNER = "objdyn"
 """Owner of every tar member; a fixed one, so that tars do not depend on who wrote them."""
 
+LEFT_OUT = ("too-few-objects", "too-many-objects", "not-all-visible")
+"""Codes of what the run's own settings leave out."""
 NOT_DAMAGED = ("find", "select")
 """Stages whose rows are no damage, so they do not count against ``max_quarantined``: what belongs to no video, and what
 the run's own settings leave out."""
@@ -144,6 +147,8 @@ def shard(run: ShardRun) -> str:
     settings = _settings(run, source)
     previous = _previous(folder, settings)
     root, found = find_videos(run, source)
+    if run.layout == "videos" and (like := next((v.source for v in found.videos if clevrer.is_video(v.source)), "")):
+        print(f"note: {like} is named like CLEVRER's; --layout clevrer would read annotations, masks and splits, too")
     cluster.connect(run.workers)
     cluster.require_shared([path for path in (source, folder) if not path.startswith("sim:")])
 
@@ -237,7 +242,7 @@ def plan_shards(run: ShardRun, videos: Sequence[Video]) -> tuple[list[Plan], lis
         try:
             first = _starts(run, preprocessing, video) if video.frames else first
         except VideoError as error:
-            stage = "plan" if error.code == "too-short" else "select"
+            stage = "select" if error.code in LEFT_OUT else "plan"
             unfit.append(Quarantined(video.source, stage, error.code, str(error)))
         starts.append(first)
     v = max(5, len(str(len(videos) - 1)))
@@ -264,10 +269,17 @@ def _starts(run: ShardRun, preprocessing: Preprocessing, video: Video) -> range:
     Raises:
         VideoError: it is too short for one, or the run's settings leave it out.
     """
-    if run.max_objects is not None and (video.objects or 0) > run.max_objects:
-        raise VideoError(
-            "too-many-objects", f"it has {video.objects} objects, more than --max-objects {run.max_objects}"
-        )
+    if run.min_objects or run.max_objects:
+        if video.objects is None:
+            raise clevrer.no_annotation(video, "how many objects it has")
+        if video.objects < (run.min_objects or 0):
+            raise VideoError(
+                "too-few-objects", f"it has {video.objects} objects, fewer than --min-objects {run.min_objects}"
+            )
+        if video.objects > (run.max_objects or math.inf):
+            raise VideoError(
+                "too-many-objects", f"it has {video.objects} objects, more than --max-objects {run.max_objects}"
+            )
     if run.clips == "provide":
         return clevrer.provide_starts(video, preprocessing)
     if starts := preprocessing.starts(video.frames):
@@ -827,6 +839,7 @@ def _settings(run: ShardRun, source: str) -> dict[str, Any]:
             **({} if preprocessing.stop is None else {"stop": preprocessing.stop}),
             **({} if run.clips == "whole" else {"clips": run.clips}),
             **({"video_range": run.video_range} if run.video_range else {}),
+            **({} if run.min_objects is None else {"min_objects": run.min_objects}),
             **({} if run.max_objects is None else {"max_objects": run.max_objects}),
             "crop": preprocessing.crop and list(preprocessing.crop),
             "fit": run.fit,
@@ -954,7 +967,13 @@ def _notes(survey: Survey, quarantined: Sequence[Quarantined]) -> Iterator[str]:
         for note, sources in notes.items()
         if note
     ]
-    noted += [f"warning: quarantined {row.source} ({row.stage}, {row.code}): {row.message}" for row in quarantined]
+    by_reason: dict[tuple[str, str, str], list[str]] = {}
+    for row in quarantined:
+        by_reason.setdefault((row.stage, row.code, row.message), []).append(row.source)
+    for (stage, code, message), sources in by_reason.items():
+        what = "note: left out" if stage == "select" else "warning: quarantined"
+        more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+        noted.append(f"{what} {sources[0]}{more} ({stage}, {code}): {message}")
     yield from noted[:20]
     if len(noted) > 20:
         yield f"and {len(noted) - 20} more; quarantine.parquet lists all that is quarantined"

@@ -1,6 +1,6 @@
 """Simulated videos in CLEVRER's folder layout: one Ray task per video, resumable.
 
-    OUT/<split>/video_00000-01000/video_00000.mp4              h264
+    OUT/<train, validation or test>/video_00000-01000/video_00000.mp4              h264
                 annotation_00000-01000/annotation_00000.json   CLEVRER's schema
                 mask_00000-01000/mask_00000.npy.zst            masks uint8 (t, h, w): 0 background, object i is i + 1
                 scene_00000-01000/scene_00000.json             how to make the video again, all events, what if
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 FOLDER = 1000
 """Videos of one folder."""
+SPLITS = {"train": "train", "val": "validation", "test": "test"}
+"""Our names of splits, and CLEVRER's of their folders."""
 
 _ATTEMPTS = 20
-_SPLITS = {"train": "train", "validation": "val", "test": "test"}  # CLEVRER's names, and the simulator's
 
 
 class Made(NamedTuple):
@@ -73,12 +74,12 @@ def simulate(run: SimulateRun) -> str:
         raise ValueError(
             f"{len(lost)} videos killed their process twice, first index {lost[0]}; run again to make them"
         )
-    where = f"{run.videos} videos in {store.join(folder, run.split)}"
+    where = f"{run.videos} videos in {store.join(folder, SPLITS[run.split])}"
     if run.scene == "towers" or not run.questions:
         return where
     from pipeline.questions import ask
 
-    asked = MakeQuestionsRun(folder, store.join(folder, f"questions/{run.split}.json"), run.split)
+    asked = MakeQuestionsRun(folder, store.join(folder, f"questions/{SPLITS[run.split]}.json"), run.split)
     return f"{where}\n{ask(asked)}"
 
 
@@ -86,11 +87,20 @@ def read_worlds(out: str, split: str, faults: list[str]) -> Iterator[World]:
     """Yield the truth about each video of a written split, in order of index: what questions are made from.
 
     What cannot be read is named in ``faults`` and left out.
+
+    Raises:
+        ValueError: the split has no scene files.
     """
-    folder = store.join(store.resolve(out, "--out"), split)
-    for name in store.list_tree(folder):
-        if not name.rpartition("/")[2].startswith("scene_"):
-            continue
+    root = store.resolve(out, "--scenes")
+    folder = store.join(root, SPLITS[split])
+    names = [name for name in store.list_tree(folder) if name.rpartition("/")[2].startswith("scene_")]
+    if not names:
+        written = " and ".join(one for one, other in SPLITS.items() if store.list_tree(store.join(root, other)))
+        raise ValueError(
+            f"{folder} has no scene_00000.json, which simulate_clevrer.py writes beside each video and CLEVRER's own "
+            f"videos lack; there is {f'--split {written}' if written else f'no split in {root}'}"
+        )
+    for name in names:
         try:
             scene = store.read_json(store.join(folder, name))
             annotation = name.replace("scene_", "annotation_")
@@ -126,7 +136,7 @@ def _finished(run: SimulateRun, folder: str, index: int) -> Made | None:
     Raises:
         ValueError: it is there and was made with other settings.
     """
-    split = store.join(folder, run.split)
+    split = store.join(folder, SPLITS[run.split])
     path = store.join(split, _path("scene", index, "json"))
     if not store.exists(path):
         return None
@@ -160,7 +170,7 @@ def _make(run: SimulateRun, folder: str, item: str) -> str:
         annotation = to_annotation(index, world.properties, world.motion, world.history.events, shown)
         counterfactuals, label = len(world.without), ""
     else:
-        tower = towers.simulate(towers.draw_scene(clevrer.video_seed(run.seed, _SPLITS[run.split], index), run.numbers))
+        tower = towers.simulate(towers.draw_scene(clevrer.video_seed(run.seed, run.split, index), run.numbers))
         scene, motion, shown = tower.scene, tower.run, len(tower.run.position)
         world = towers.to_world(tower, index)
         label, counterfactuals = "stand" if tower.stands else "fall", 0
@@ -168,7 +178,7 @@ def _make(run: SimulateRun, folder: str, item: str) -> str:
         annotation = to_annotation(index, world.properties, world.motion, world.history.events, shown)
     pictures = [painter.draw(clevrer.solids(scene, motion, frame)) for frame in range(shown)]
     masks = np.stack([picture.mask for picture in pictures])
-    split = store.join(folder, run.split)
+    split = store.join(folder, SPLITS[run.split])
     files = {
         _path("video", index, "mp4"): encode_video([picture.frame for picture in pictures]),
         _path("mask", index, "npy.zst"): zstandard.ZstdCompressor(level=3, write_checksum=True).compress(to_npy(masks)),
@@ -190,7 +200,7 @@ def _make(run: SimulateRun, folder: str, item: str) -> str:
 def _collisions(run: SimulateRun, index: int) -> tuple[clevrer.Scene, World, clevrer.Run]:
     """Draw scenes for a video until chance does not decide what happens in it; one in thirty needs a second."""
     for attempt in range(_ATTEMPTS):
-        seed = clevrer.video_seed(run.seed, _SPLITS[run.split], index, attempt)
+        seed = clevrer.video_seed(run.seed, run.split, index, attempt)
         scene = clevrer.draw_scene(seed, run.numbers)
         imagined = clevrer.imagine(scene, index)
         if imagined is not None:

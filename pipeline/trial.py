@@ -3,6 +3,7 @@
 Each trial runs in a process of its own, which may crash, hang or be killed for its memory without harm.
 """
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -21,7 +22,7 @@ from pipeline.machine import peak_memory
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from objdyn.datasets import Video
+    from objdyn.datasets import Found, Video
 
 SAMPLE_FILES = 8
 """Videos, or files that hold videos, of a sample."""
@@ -120,9 +121,7 @@ def sample_source(run: ShardRun, seconds: float) -> Sample:
     Raises:
         ValueError: the source holds nothing of its layout, or a file cannot be opened.
     """
-    from pipeline.shard import find_videos
-
-    root, found = find_videos(run, run.source)
+    root, found = _find_any_split(run)
     pending = _spread(found.videos, SAMPLE_FILES)
     read, faults, held, current = [], [], [], ""
     deadline = time.monotonic() + seconds
@@ -146,6 +145,20 @@ def sample_source(run: ShardRun, seconds: float) -> Sample:
             current, pending = "", pending[place + 1 :]
     videos = len(found.videos) * (sum(held) / len(held) if held else 1.0)
     return Sample(len(found.videos), found.ignored, videos, read, faults, current)
+
+
+def _find_any_split(run: ShardRun) -> tuple[str, "Found"]:
+    """The videos of the first split that there is: any of them will do for a sample."""
+    from pipeline.shard import find_videos
+
+    failed = None
+    for split in dict.fromkeys([run.split, "train", "val", "test"]):
+        try:
+            return find_videos(dataclasses.replace(run, split=split), run.source)
+        except ValueError as error:
+            failed = failed or error
+    assert failed is not None
+    raise failed
 
 
 def decode_videos(run: ShardRun, root: str, files: Sequence["Video"]) -> Iterator[dict[str, Any]]:

@@ -121,13 +121,15 @@ def select(found: Found, split: str, seed: int = 0, numbers: range | None = None
     test split. ``seed`` is for other layouts.
 
     Raises:
-        ValueError: no video is of this split.
+        ValueError: no video is of this split, or it is called as CLEVRER's folders are and not as our jobs call it.
     """
+    if (word := _split_word(split)) != split:
+        raise ValueError(f"the dataset's split is called {word} in every job, whatever its folder is: give {word}")
     labels = {video.source: split_of(video.source) for video in found.videos}
     if numbers is None and any(labels.values()):
-        wanted, label = _split_word(split), split_of
+        wanted, label = split, split_of
     elif numbers is None and len({_official(video.source) for video in found.videos}) > 1:
-        wanted, label = _split_word(split), _official
+        wanted, label = split, _official
     else:
         wanted, label = True, lambda path: numbers is None or _number(path) in numbers
     kept = tuple(video for video in found.videos if label(video.source) == wanted)
@@ -142,6 +144,12 @@ def select(found: Found, split: str, seed: int = 0, numbers: range | None = None
     after = {path for video in kept for path in video.files}
     left = len(before) - len(after) + len(found.faults) - len(faults)
     return found._replace(videos=kept, ignored=found.ignored + left, faults=faults)
+
+
+def is_video(path: str) -> bool:
+    """Whether a file is named like a video of CLEVRER."""
+    found = _role(path)
+    return found is not None and found[0] == "video"
 
 
 def split_of(path: str) -> str | None:
@@ -268,7 +276,7 @@ def provide_starts(video: Video, preprocessing: Preprocessing) -> range:
         VideoError: the video has no annotation, or all objects are in view too briefly.
     """
     if video.objects is None:
-        raise VideoError("no-annotation", "without an annotation nothing says when all of its objects are in view")
+        raise no_annotation(video, "when all of its objects are in view")
     begin, end = video.visible[0], min(video.visible[1], video.frames)
     wanted = max(PROVIDE_FRAMES, preprocessing.span)
     if end - begin < wanted:
@@ -276,6 +284,11 @@ def provide_starts(video: Video, preprocessing: Preprocessing) -> range:
             "not-all-visible", f"all of its {video.objects} objects are in view for less than {wanted} frames in a row"
         )
     return range(begin, begin + 1)
+
+
+def no_annotation(video: Video, what: str) -> VideoError:
+    """The error that says why nothing is known of a video's objects."""
+    return VideoError("no-annotation", f"nothing says {what}: {video.note or 'it has no annotation'}")
 
 
 def visible_slice(in_view: Bool[np.ndarray, "t n"]) -> range:
@@ -392,6 +405,16 @@ def parse_annotation(data: object, num_frames: int = NUM_FRAMES) -> Annotation:
     return Annotation(scene, tuple(properties), motion, known, ordered, +missing)
 
 
+def _of_frames(annotation: Annotation, count: int) -> Annotation:
+    """The first ``count`` frames of an annotation."""
+    motion = annotation.motion
+    return annotation._replace(
+        motion=Motion(**{name: getattr(motion, name)[:count] for name in (*_VECTORS, "in_view")}),
+        known=annotation.known[:count],
+        collisions=tuple(event for event in annotation.collisions if event.frame < count),
+    )
+
+
 def _entries(holder: dict[str, Any], key: str, missing: Counter[str]) -> list[dict[str, Any]]:
     listed = holder.get(key)
     if not isinstance(listed, list):
@@ -444,7 +467,11 @@ def _truth(video: Video, open_file: Open, limits: Limits) -> _Truth:
             return None
 
     def annotated(path: str) -> Annotation:
-        annotation = parse_annotation(_json(path, open_file, limits), video.frames)
+        data = _json(path, open_file, limits)
+        listed = data.get("motion_trajectory") if isinstance(data, dict) else None
+        # Of a video that is cut short the later frames are annotated, too; that lacks nothing.
+        claimed = max(video.frames, len(listed) if isinstance(listed, list) else 0)
+        annotation = _of_frames(parse_annotation(data, claimed), video.frames)
         if annotation.scene_index not in (None, _number(video.source)):
             raise VideoError("bad-layout", f"it says that it is about scene {annotation.scene_index}")
         return annotation

@@ -83,8 +83,8 @@ def test_the_table_has_a_sorted_row_per_thing_to_answer(tmp_path: Path, capsys: 
     assert described == {"schema": 1, "source": "train.json", "table": "questions"}
     assert capsys.readouterr().out.splitlines() == [
         "questions 3 = 3 read + 0 quarantined",
-        "descriptive count: 2 answers: 1 100 %",
-        "predictive: 2 answers: correct 50 %, wrong 50 %",
+        "descriptive count, 2 answers, 1: 100 %",
+        "predictive, 2 answers, correct: 50 %, wrong: 50 %",
     ]
     before = Path(run.out).read_bytes()
     read_questions(run)
@@ -123,7 +123,7 @@ def test_faulty_questions_are_quarantined_and_the_rest_is_written(tmp_path: Path
     assert "missing keys: answer 1\n" in told
     assert "faults: duplicate 1, unknown-module 1, unknown-word 1\n" in told
     assert "note: unknown-module: train.json, scene 3, question 2: program: program token 1, 'filter_heavy', is" in told
-    assert "descriptive count: 2 answers: 1 50 %, unknown 50 %" in told
+    assert "descriptive count, 2 answers, 1: 50 %, unknown: 50 %" in told
     listed = pq.read_table(run.out.replace(".parquet", ".quarantine.parquet"))
     assert listed.schema.equals(QUARANTINE_SCHEMA)
     assert [(r["source"], r["scene"], r["question"], r["code"]) for r in listed.to_pylist()] == [
@@ -183,7 +183,7 @@ def test_questions_about_worlds_are_one_readable_file(tmp_path: Path, capsys: py
     assert (read.faults, dict(read.missing)) == ((), {})
     assert [video.video_filename for video in read.videos] == [f"video_{i:05d}.mp4" for i in range(20)]
     assert message.startswith(f"{read.found} questions about 20 videos, ")
-    assert "predictive: 40 answers: correct 50 %, wrong 50 %" in told
+    assert "predictive, 40 answers, correct: 50 %, wrong: 50 %" in told
     assert "descriptive exist: " in told
     assert "counterfactual: " in told
     executor = Executor(world(0))

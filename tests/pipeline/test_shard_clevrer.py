@@ -108,9 +108,13 @@ def test_provides_test_split_is_made_and_its_counts_add_up(
         "video_10005.mp4": ("probe", "unreadable"),
         "video_10001.mp4": ("select", "too-many-objects"),
         "video_10002.mp4": ("select", "not-all-visible"),
-        "video_10003.mp4": ("select", "no-annotation"),
-        "video_10004.mp4": ("select", "no-annotation"),
+        "video_10003.mp4": ("plan", "no-annotation"),
+        "video_10004.mp4": ("plan", "no-annotation"),
     }
+    assert rows["video_10003.mp4"]["message"] == (
+        "nothing says how many objects it has: annotation_10003.json is not used: it holds a JSON NoneType, not an "
+        "object with motion_trajectory"
+    )
     assert rows["video_10001.mp4"]["message"] == "it has 7 objects, more than --max-objects 6"
     # 7 videos and an annotation without one; all files are annotations of these.
     assert "videos 8 = 2 read + 6 quarantined; ignored files 0; clips written 2\n" in out
@@ -180,6 +184,20 @@ def test_what_the_settings_leave_out_is_no_unusable_share() -> None:
     assert sharding._refusal(run, surveyed, [*orphans, *broken, *left[2:]], 98).startswith("2 of 102 inputs")
 
 
+def test_videos_with_damaged_annotations_count_as_unusable_where_the_number_of_objects_is_asked_for() -> None:
+    videos = [Video(f"v{i}", ("v",), frames=128, objects=None if i == 5 else i, note="torn") for i in range(1, 7)]
+    run = run_of("a", "b", min_objects=3, max_objects=4)
+    (plan,), left = plan_shards(run, videos)
+    assert [part.video.source for part in plan.parts] == ["v3", "v4"]
+    assert [(row.source, row.stage, row.code) for row in left] == [
+        ("v1", "select", "too-few-objects"),
+        ("v2", "select", "too-few-objects"),
+        ("v5", "plan", "no-annotation"),
+        ("v6", "select", "too-many-objects"),
+    ]
+    assert sharding._excess(run, Survey("", tuple(videos), (), 0), left).startswith("1 of 3 inputs cannot be used")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -189,7 +207,12 @@ def test_what_the_settings_leave_out_is_no_unusable_share() -> None:
         ({"max_objects": 0}, "max_objects must be at least 1"),
         ({"clips": "provide", "start": 5}, "leave start and stop"),
         ({"clips": "ddlp", "stop": 90}, "leave start and stop"),
-        ({"clips": "ddlp", "frames": 101}, "from start=18 stop must be 119"),
+        (
+            {"clips": "ddlp", "frames": 101},
+            "at most 100 of CLEVRER's 128 frames, and 101 frames with stride 1 span 101",
+        ),
+        ({"clips": "provide", "frames": 40, "stride": 4}, "40 frames with stride 4 span 157; give fewer frames or a"),
+        ({"min_objects": 4, "max_objects": 3}, "min_objects 4 is more than max_objects 3"),
         ({"clips": "provide", "hop": 5}, "one clip of each video; leave hop"),
         ({"video_range": "5"}, "video_range must be FIRST-LAST"),
         ({"video_range": "9-5"}, "video_range must be FIRST-LAST"),

@@ -54,7 +54,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_written_folder_is_clevrers_and_counts_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pycocotools")
-    message = simulate.simulate(run_in(tmp_path, split="validation", proposals=True))
+    message = simulate.simulate(run_in(tmp_path, split="val", proposals=True))
     assert message == f"2 videos in {tmp_path}/validation"
     assert sorted(contents(tmp_path)) == [
         "validation/" + name
@@ -72,7 +72,7 @@ def test_a_written_folder_is_clevrers_and_counts_add_up(tmp_path: Path, capsys: 
         )
     ]
     faults: list[str] = []
-    worlds = list(simulate.read_worlds(str(tmp_path), "validation", faults))
+    worlds = list(simulate.read_worlds(str(tmp_path), "val", faults))
     assert not faults
     assert [world.scene_index for world in worlds] == [10_000, 10_001]
     collisions = sum(event.kind == "collision" and event.frame < 128 for w in worlds for event in w.history.events)

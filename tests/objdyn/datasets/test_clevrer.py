@@ -145,15 +145,16 @@ def test_an_annotation_without_its_video_is_a_fault_and_every_file_counts_once()
 def test_folders_named_after_splits_tell_which_is_which() -> None:
     listing = [f"{split}/video_0000{i}.mp4" for split in ("train", "video_validation", "Test") for i in range(2)]
     found = clevrer.find([*listing, "train/annotation_00000.json", "train/annotation_00005.json"])
-    parts = {split: clevrer.select(found, split) for split in ("train", "val", "valid", "test")}
+    parts = {split: clevrer.select(found, split) for split in ("train", "val", "test")}
     assert {split: sorted(files(part)) for split, part in parts.items()} == {
         "train": listing[:2],
         "val": listing[2:4],
-        "valid": listing[2:4],
         "test": listing[4:],
     }
     assert [parts[split].ignored for split in ("train", "val")] == [4, 6]
     assert [len(parts[split].faults) for split in ("train", "val")] == [1, 0]
+    with pytest.raises(ValueError, match="is called val in every job, whatever its folder is: give val"):
+        clevrer.select(found, "validation")
 
 
 def test_numbers_tell_the_split_where_folders_do_not() -> None:
@@ -302,7 +303,7 @@ def test_provide_takes_one_clip_from_where_all_are_in_view() -> None:
         clevrer.provide_starts(video, Preprocessing(46))
     with pytest.raises(VideoError, match="less than 40 frames"):
         clevrer.provide_starts(Video("v", (), frames=60, objects=6, visible=(30, 75)), Preprocessing(10))
-    with pytest.raises(VideoError, match="without an annotation"):
+    with pytest.raises(VideoError, match="nothing says when all of its objects are in view: it has no annotation"):
         clevrer.provide_starts(Video("v", (), frames=128), Preprocessing(40))
 
 
@@ -407,6 +408,13 @@ def test_an_annotation_that_cannot_be_used_is_noted_by_name(folder: Folder, cont
     assert says in video.note
     assert video.objects is None
     assert folder.clip(video=video).truth == {}
+
+
+def test_an_annotation_of_a_video_that_is_cut_short_lacks_nothing(folder: Folder) -> None:
+    folder.json("annotation_00000.json", annotation(frames=128))
+    video = folder.probe()
+    assert (video.frames, video.objects, video.note) == (6, 2, "")
+    assert folder.clip(video=video).truth["present"].all()
 
 
 def test_an_unreadable_video_is_an_error(folder: Folder) -> None:
