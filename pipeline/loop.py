@@ -322,6 +322,8 @@ class _Training:
         self.family = families.describe(run.model)
         self.source = open_source(run.data, "train", loader=run.loader)
         self.held_out = open_source(run.data, "val", loader=run.loader) if has_split(run.data, "val") else None
+        if self.held_out is None and self.worker.rank == 0:
+            print(f"note: {run.data} has no split 'val', so nothing is evaluated while training", flush=True)
 
     def _build(self) -> None:
         optim = self.part.optim
@@ -717,10 +719,17 @@ def _note_on_start(run: TrainRun) -> str:
     """What to say of a new run with drawn weights whose model is made to begin as one of another family."""
     family = families.family_of(run.model)
     known = families.FAMILIES[family].warm_starts
-    # At its start such a decoder does what that of the other family does; nothing else would ask for it.
-    if run.init or not known or getattr(run.model, "conditional_decoder", "") != "residual":
+    if run.init or not known:
         return ""
     other = next(iter(known))
+    if getattr(run.model, "alone_steps", None) == 0:
+        return (
+            f"note: {family} begins from drawn weights and trains end to end; {family}/small begins from "
+            f"those of {other}/clevrer-small: python jobs/train_{other}.py clevrer-small --out START, then --init START"
+        )
+    # At its start such a decoder does what that of the other family does; nothing else would ask for it.
+    if getattr(run.model, "conditional_decoder", "") != "residual":
+        return ""
     return (
         f"note: {family} begins from drawn weights, but with model.conditional_decoder=residual (as in {family}/small) "
         f"it is meant to begin from those of {other} with the same model settings (for {family}/small: "

@@ -457,7 +457,8 @@ def _decomposition(models: Sequence[Model], found: Found, data: str, source: Sou
     notes = [
         f"Data: {data}, split {source.split}, {len(found.clips)} clips in {len(found.window_clip)} windows of {LENGTH} "
         "frames. The paper's numbers are of CLEVRER at 64x64.",
-        "F-ARI is in percent, as the paper prints it; ARI is not. Both are per frame.",
+        "F-ARI is in percent, as the paper prints it; ARI is not. Both are per frame. A frame with a single object has "
+        "an F-ARI of 100% if one slot has all of its pixels, as one cluster always has, and of 0% otherwise.",
     ]
     if 0 < clips < len(found.clips):
         notes.append(f"ARI and F-ARI are means over the {clips} of {len(found.clips)} clips with a true segmentation.")
@@ -547,11 +548,14 @@ def _verdicts(name: str, prediction: Table, probes: dict[str, Probe] | str) -> l
         below = [i for i, (a, b) in enumerate(pairs, start=1) if a < b]
         if pairs:
             at = f": {', '.join(map(str, below))}" if 0 < len(below) < len(pairs) else ""
-            said.append(f"{name} has less prediction error than {other} at {len(below)} of {len(pairs)} steps{at}.")
+            count = f"{len(below)} of {len(pairs)}" if below else f"none of {len(pairs)}"
+            said.append(f"{name} has less prediction error than {other} at {count} steps{at}.")
     if isinstance(probes, Mapping):
         gap = probes["dynamics"].r2_overall - probes["static"].r2_overall
         words = "above" if gap >= 0 else "below"
         said.append(f"{name}: R^2 of velocity from dynamics is {abs(gap):.3f} {words} that from static.")
+    else:
+        said.append(f"probe.json, the map from dynamics to velocity, is not written: {probes}.")
     return said
 
 

@@ -316,19 +316,19 @@ _PROVIDE_16 = replace(_PROVIDE_CLEVRER, num_slots=7, slot_dim=16)
 # variance is that of IODINE's own paper: these objects have few pixels and little contrast.
 _IODINE_SCENES_SMALL = replace(
     _IODINE_SMALL,
-    model=replace(_IODINE_SMALL.model, image_size=32, num_slots=5, num_refinements=5, likelihood_var=0.01),
-    data="sim:clevrer-sim:size=32,objects=3,stride=4,crop=192",
+    model=replace(_IODINE_SMALL.model, image_size=32, num_refinements=5, likelihood_var=0.01),
+    data="sim:clevrer-sim:size=32,objects=3,stride=4,crop=224",
     steps=6_000,
-    stages=("steps=1500 model.num_slots=4", ""),
+    stages=(),
     optim=replace(_IODINE_SMALL.optim, anneal_steps=2_500),
 )
 _ODDN_SMALL = replace(
     _IODINE_SCENES_SMALL,
     model=ODDNConfig(**vars(_IODINE_SCENES_SMALL.model)),
-    steps=3_000,
-    stages=(),
+    steps=2_400,
     clip_frames=5,
-    optim=replace(_IODINE_SMALL.optim, lr=1e-3, anneal_steps=1_500, batch_size=6),
+    # What is trained already learns slower than what is new.
+    optim=replace(_IODINE_SMALL.optim, lr=3e-3, slow="iodine.", slow_factor=0.1, anneal_steps=1_200, batch_size=6),
     eval_clips=32,
 )
 _ODDN_DEBUG = replace(

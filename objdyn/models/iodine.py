@@ -177,6 +177,8 @@ class Fit(NamedTuple):
     """The weighted sum of the losses of all cells, a mean over frames; carries the graph."""
     final: Sight
     """The last cell, whose ``slots`` are a sample of the last posterior and carry the graph."""
+    posterior: Posterior
+    """The last one."""
 
 
 class IODINE(nn.Module):
@@ -246,7 +248,7 @@ class IODINE(nn.Module):
                 posterior, state = self._refine(scene, sight, posterior, noise, state)
             noise = torch.randn_like(noise) if self.training else torch.zeros_like(noise)
         assert sight is not None
-        return Fit(total, sight)
+        return Fit(total, sight, posterior)
 
     def infer(
         self, frames: Float[Tensor, "n 3 h w"], noise: Float[Tensor, "n k d"], generator: torch.Generator | None

@@ -180,6 +180,17 @@ def test_a_run_that_is_meant_to_start_from_another_family_says_so(
     assert capsys.readouterr().err == ""
 
 
+def test_oddn_says_what_it_is_meant_to_start_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop, "_try_one_clip", lambda run: None)
+    loop.open_run(dataclasses.replace(PRESETS["oddn"]["small"], out=str(tmp_path / "run")))
+    told = capsys.readouterr().err
+    assert told.endswith(": python jobs/train_iodine.py clevrer-small --out START, then --init START\n")
+    loop.open_run(dataclasses.replace(PRESETS["oddn"]["debug"], out=str(tmp_path / "alone")))  # IODINE alone at first
+    assert capsys.readouterr().err == ""
+
+
 @pytest.fixture(scope="module")
 def uncounted(tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
     """A run of the state-space model on clips that do not tell their number of objects."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from objdyn.layers import mixture
-from objdyn.models.iodine import IODINE, LOG_VAR_RANGE, IODINEConfig
+from objdyn.models.iodine import IODINE, LOG_VAR_RANGE, Fit, IODINEConfig
 from objdyn.models.oddn import (
     ODDN,
     Distillation,
@@ -107,6 +107,24 @@ def test_without_a_time_code_still_objects_and_swapped_slots_of_the_frame_before
     layer = Distillation(4, 3, 7, 2, False)
     previous, current = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     torch.testing.assert_close(layer(previous[:, [2, 0, 1]], current), layer(previous, current))
+
+
+def test_distillation_starts_as_a_difference_of_frames() -> None:
+    """With slots far apart attention is on a slot's own entries, and what is normalised is 0.55 z_n - 0.45 z_{n-1}."""
+    torch.manual_seed(0)
+    distillation = Distillation(6, 6, 8, 3)
+    slots = 5 * torch.eye(6)[:4].expand(2, 4, 6)
+    moved = slots + 0.1 * torch.randn(2, 4, 6)
+    seen: list[Tensor] = []
+    distillation.norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    distillation(slots, moved)
+    scores = torch.einsum("nqd,nid->nqi", moved, torch.cat([slots, moved], dim=1)).softmax(-1)
+    torch.testing.assert_close(seen[0], moved - 0.9 * scores @ torch.cat([slots, moved], dim=1))
+    own = scores.unflatten(-1, (2, 4)).diagonal(dim1=1, dim2=3)
+    assert own.sum(1).min() > 0.999  # of the two frames together
+    narrow = Distillation(6, 4, 8, 3)
+    assert narrow.query.weight.shape == (4, 6)
+    assert Distillation(6, 6, 8, 3, init="default").value.weight.diagonal().min() > -0.45  # torch's, within 1 / sqrt(6)
 
 
 def test_the_relation_module_is_its_sum_over_all_other_slots() -> None:
@@ -412,7 +430,7 @@ def test_predicted_frames_are_compared_with_the_frames_that_they_predict() -> No
 
 
 def test_in_training_the_static_latents_are_samples_of_the_last_posterior(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build().train()
+    model = build(predict_from="sample").train()
     static: list[Tensor] = []
     predicted = model._predict
     monkeypatch.setattr(model, "_predict", lambda z: static.append(z) or predicted(z))
@@ -424,6 +442,21 @@ def test_in_training_the_static_latents_are_samples_of_the_last_posterior(monkey
     model.eval()
     model(video())
     torch.testing.assert_close(static[3], model.encode(video()).static_mean)
+
+
+@pytest.mark.parametrize("source", ["sample", "mean"])
+def test_training_predicts_from_a_sample_or_from_the_mean(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    model = build(predict_from=source).train()
+    static: list[Tensor] = []
+    fits: list[Fit] = []
+    predicted, fitted = model._predict, model.iodine.fit
+    monkeypatch.setattr(model, "_predict", lambda z: static.append(z) or predicted(z))
+    monkeypatch.setattr(model.iodine, "fit", lambda *given: fits.append(fitted(*given)) or fits[-1])
+    model(video())
+    (fit,) = fits
+    expected = {"sample": fit.final.slots, "mean": fit.posterior.mean}
+    assert torch.equal(static[0].flatten(0, 1), expected[source])
+    assert not torch.allclose(expected["sample"], expected["mean"], atol=0.1)
 
 
 def gradients(model: ODDN, seed: int = 1) -> dict[str, Tensor | None]:
