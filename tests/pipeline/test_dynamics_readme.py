@@ -13,10 +13,11 @@ HEADING = "### Finding what moves"
 EXAMPLE = """
 create view motion as  -- the objects with their velocity in pixels per frame, from their dynamics vectors
 select clip, track, frame, mask_area, static,
-    31.5 * (list_dot_product(dynamics::double[], weight[1]) + bias[1]) as velocity_y,
-    31.5 * (list_dot_product(dynamics::double[], weight[2]) + bias[2]) as velocity_x
+    15.5 * (list_dot_product(dynamics::double[], weight[1]) + bias[1]) as velocity_y,
+    15.5 * (list_dot_product(dynamics::double[], weight[2]) + bias[2]) as velocity_x
 from 'TABLES/objects/*.parquet', 'REPORT/probe.json'
-where kind = 'posterior' and frame > 0 and mask_area between 0.001 and 0.4;  -- neither an empty slot nor the background
+where kind = 'posterior' and frame > 0  -- the first frame has none before it that it could move from
+    and mask_area between 0.001 and 0.1;  -- neither an empty slot nor a part of the background
 
 create view objects as  -- one row per object: how fast it is, and what it looks like where it is seen best
 select clip, track, count(*) as frames, median(sqrt(velocity_y ** 2 + velocity_x ** 2)) as speed,
@@ -37,7 +38,7 @@ select a.clip, a.track, b.clip as other_clip, b.track as other_track, list_dista
 from objects a join objects b on a.clip <> b.clip where a.speed > 0.5
 qualify row_number() over (partition by a.clip, a.track order by distance) = 1 order by a.clip, a.track;
 """
-"""As it stands in the README; 31.5 is for frames of 64 pixels."""
+"""As it stands in the README; 15.5 is for frames of 32 pixels."""
 FRAMES, SLOTS = 6, 5
 MIX = np.array([[2.0, -1.0], [0.5, 3.0], [1.0, 0.0], [0.0, -4.0]])
 GROUND, MOVER, STILL, HIT, EMPTY = range(SLOTS)
@@ -62,7 +63,7 @@ def look(clip: int) -> np.ndarray:
 def block(clip: int) -> Block:
     """Slots are in another order in every frame; ``track`` knows."""
     order = np.stack([np.roll(np.arange(SLOTS), t + clip) for t in range(FRAMES)])
-    dynamics = (velocity() / 31.5) @ MIX.T
+    dynamics = (velocity() / 15.5) @ MIX.T
     dynamics[0] = 1e3  # of the first frame it is not defined
     of_slots = {
         "static": np.broadcast_to(look(clip), (FRAMES, SLOTS, 3)),
