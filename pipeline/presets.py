@@ -325,11 +325,26 @@ _IODINE_SCENES_SMALL = replace(
 _ODDN_SMALL = replace(
     _IODINE_SCENES_SMALL,
     model=ODDNConfig(**vars(_IODINE_SCENES_SMALL.model)),
-    steps=2_400,
+    steps=900,
+    # What is new learns first, from what IODINE has learnt; then everything, and what is trained already more slowly.
+    stages=(
+        "steps=550 model.frozen_inference=true clip_frames=8 optim.batch_size=12 optim.lr=3e-3 optim.slow_factor=1e-6",
+        "",
+    ),
     clip_frames=5,
-    # What is trained already learns slower than what is new.
-    optim=replace(_IODINE_SMALL.optim, lr=3e-3, slow="iodine.", slow_factor=0.1, anneal_steps=1_200, batch_size=6),
+    optim=replace(
+        _IODINE_SMALL.optim,
+        lr=1e-3,
+        slow="iodine.",
+        slow_factor=0.3,
+        warmup_steps=50,
+        anneal_steps=600,
+        batch_size=6,
+    ),
     eval_clips=32,
+    eval_every=100,
+    checkpoint_every=100,
+    log_every=25,
 )
 _ODDN_DEBUG = replace(
     _IODINE_DEBUG,

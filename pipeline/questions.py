@@ -55,6 +55,8 @@ def read_questions(run: "ReadQuestionsRun") -> str:
     """
     source, out = store.resolve(run.source, "--source"), store.resolve(run.out, "--out")
     name = source.rpartition("/")[2]
+    if not store.is_file(source):
+        raise ValueError(f"--source {source} is no file; give a question file, such as questions/train.json")
     data = store.read_bytes(source)
     try:
         content = json.loads(data)

@@ -63,9 +63,9 @@ class ODDNConfig(IODINEConfig):
     """L, size of a static latent."""
     dynamics_dim: int = 4
     """l, size of the dynamics."""
-    share_first_draw: bool = True
-    """Ours: IODINE's first draw is one per clip, so that slots of neighbouring frames mostly agree; otherwise each
-    frame draws its own."""
+    share_first_draw: bool = False
+    """Each frame draws its own start of IODINE, so that slots stand in another order in every frame, as in the paper.
+    Ours: True draws one for a clip, so that slots of neighbouring frames mostly agree."""
     attention_dim: int = 16
     """Ours: size of the queries and keys of distillation, whose scores are scaled by its square root; one head."""
     distillation_dim: int = 64
@@ -102,6 +102,9 @@ class ODDNConfig(IODINEConfig):
     stop_prediction_gradient: bool = False
     """Ours: cut the gradient of L_p behind the last refinement, so that it trains distillation, relation, prediction
     and decoder, but not the inference. The paper trains end to end."""
+    frozen_inference: bool = False
+    """Ours: training infers the frames without gradients and learns from L_p alone: a cheap first stage for the
+    dynamics of an IODINE that is trained. Its decoder still learns; ``optim.slow`` can hold it."""
     alone_steps: int = 0
     """Ours: so many optimiser steps train IODINE alone, on clips of any length; 0 is the paper's end to end."""
 
@@ -126,6 +129,10 @@ class ODDNConfig(IODINEConfig):
             raise ValueError(f"rollout_frames must be at least 1 or None, got {self.rollout_frames}")
         if self.alone_steps < 0:
             raise ValueError(f"alone_steps must be 0 or more, got {self.alone_steps}")
+        if self.alone_steps and self.frozen_inference:
+            raise ValueError(
+                f"frozen_inference leaves nothing to train in alone_steps={self.alone_steps}; give one of them"
+            )
 
 
 class ODDNLatents(NamedTuple):
@@ -197,37 +204,25 @@ class ODDN(nn.Module):
         first = [
             train_draw(shape, video.device, self.training, n) for n in range(1 if self.config.share_first_draw else t)
         ]
-        fit = self.iodine.fit(frames, self._spread(first, t))
-        terms = terms_of(frames, [fit.final])
-        if int(self.step) < self.config.alone_steps:
-            return Loss(fit.loss + zero_gradient(self.predictor), terms)
-        if t < 3:
+        noise = self._spread(first, t)
+        alone = int(self.step) < self.config.alone_steps
+        if t < 3 and not alone:
             raise ValueError(
                 f"oddn predicts the third frame of a clip from the first two, got {t} frame{'s' if t > 1 else ''}; set "
                 "clip_frames to 3 or more (5 in the presets), or train IODINE alone (model.alone_steps)"
             )
+        if self.training and self.config.frozen_inference:
+            static = self._infer_frozen(frames, noise).unflatten(0, (b, t))
+            return self._add_predictions(video, static, zero_gradient(self.iodine), {})
+        fit = self.iodine.fit(frames, noise)
+        terms = terms_of(frames, [fit.final])
+        if alone:
+            return Loss(fit.loss + zero_gradient(self.predictor), terms)
         slots = fit.final.slots if self.config.predict_from == "sample" else fit.posterior.mean
         static = slots.unflatten(0, (b, t))
-        if self.config.stop_prediction_gradient:
-            static = static.detach()
-        one_step, rolled = self._predict(static)
-        # The third frame is predicted alike by both, and rendered once.
-        targets = torch.cat([video[:, 2 : 2 + one_step.shape[1]], video[:, 3 : 3 + rolled.shape[1]]], dim=1)
-        value, nll, error = (
-            each.unflatten(0, (b, -1))
-            for each in self._compare(targets.flatten(0, 1), torch.cat([one_step, rolled], dim=1).flatten(0, 1))
+        return self._add_predictions(
+            video, static.detach() if self.config.stop_prediction_gradient else static, fit.loss, terms
         )
-        count = one_step.shape[1]
-        later = [0, *range(count, value.shape[1])]
-        total = fit.loss
-        for name, weight, counted in (
-            ("predict", self.config.one_step_weight, list(range(count))),
-            ("rollout", self.config.rollout_weight, later),
-        ):
-            if weight:
-                total = total + weight * value[:, counted].mean()
-                terms |= {name: nll[:, counted].mean(), f"{name}_mse": error[:, counted].mean()}
-        return Loss(total, terms)
 
     def encode(self, video: Float[Tensor, "b t c h w"], *, generator: torch.Generator | None = None) -> ODDNLatents:
         """Static latents of every frame by itself, and dynamics of every frame and the one before.
@@ -298,6 +293,43 @@ class ODDN(nn.Module):
         for _ in range(min(count, self.config.rollout_frames or count) - 1 if self.config.rollout_weight else 0):
             found.append(self.predictor(found[-2], found[-1]))
         return one_step, torch.stack(found, dim=1)[:, 2:]
+
+    def _infer_frozen(self, frames: Float[Tensor, "n 3 h w"], noise: Float[Tensor, "n k d"]) -> Float[Tensor, "n k d"]:
+        """Slots as at test, or samples of their posteriors, without gradients."""
+        with torch.no_grad():
+            found = self.iodine.infer(frames, noise, None)
+            if self.config.predict_from == "sample":
+                found = found._replace(mean=found.mean + torch.exp(0.5 * found.log_var) * torch.randn_like(found.mean))
+        torch.clear_autocast_cache()  # casts of weights that were made without gradients would be used again
+        return found.mean
+
+    def _add_predictions(
+        self,
+        video: Float[Tensor, "b t c h w"],
+        static: Float[Tensor, "b t k d"],
+        total: Tensor,
+        terms: dict[str, Tensor],
+    ) -> Loss:
+        """``total`` and L_p of the frames that are predicted from static latents."""
+        b = video.shape[0]
+        one_step, rolled = self._predict(static)
+        # The third frame is predicted alike by both, and rendered once.
+        targets = torch.cat([video[:, 2 : 2 + one_step.shape[1]], video[:, 3 : 3 + rolled.shape[1]]], dim=1)
+        value, nll, error = (
+            each.unflatten(0, (b, -1))
+            for each in self._compare(targets.flatten(0, 1), torch.cat([one_step, rolled], dim=1).flatten(0, 1))
+        )
+        count = one_step.shape[1]
+        later = [0, *range(count, value.shape[1])]
+        terms = dict(terms)
+        for name, weight, counted in (
+            ("predict", self.config.one_step_weight, list(range(count))),
+            ("rollout", self.config.rollout_weight, later),
+        ):
+            if weight:
+                total = total + weight * value[:, counted].mean()
+                terms |= {name: nll[:, counted].mean(), f"{name}_mse": error[:, counted].mean()}
+        return Loss(total, terms)
 
     def _compare(
         self, frames: Float[Tensor, "n 3 h w"], slots: Float[Tensor, "n k d"]

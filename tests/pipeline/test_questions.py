@@ -184,7 +184,7 @@ def test_questions_about_worlds_are_one_readable_file(tmp_path: Path, capsys: py
     assert [video.video_filename for video in read.videos] == [f"video_{i:05d}.mp4" for i in range(20)]
     assert message.startswith(f"{read.found} questions about 20 videos, ")
     assert "predictive, 40 answers, correct: 50 %, wrong: 50 %" in told
-    assert "descriptive exist: " in told
+    assert "descriptive exist, " in told
     assert "counterfactual: " in told
     executor = Executor(world(0))
     for question in read.videos[0].questions:
@@ -211,7 +211,7 @@ def test_worlds_of_one_number_or_none_are_refused(tmp_path: Path):
     run = MakeQuestionsRun("scenes", str(tmp_path / "train.json"))
     with pytest.raises(ValueError, match="scenes has two scenes 4; each video needs a number"):
         make_questions(run, [world(4), world(4)])
-    with pytest.raises(ValueError, match="scenes has 0 videos and nothing to ask"):
+    with pytest.raises(ValueError, match="nothing to ask about the 0 usable videos of scenes"):
         make_questions(run, [])
     assert not Path(run.out).exists()
 

@@ -32,7 +32,9 @@ SIZES: dict[str, Any] = {
     "likelihood_weight": 2.0,
     "kl_weight": 0.7,
 }
-TINY = ODDNConfig(**SIZES, dynamics_dim=2, attention_dim=5, distillation_dim=7, relation_dim=6, linear_dim=9)
+TINY = ODDNConfig(
+    **SIZES, share_first_draw=True, dynamics_dim=2, attention_dim=5, distillation_dim=7, relation_dim=6, linear_dim=9
+)
 
 
 def build(seed: int = 0, **settings: Any) -> ODDN:
@@ -494,6 +496,32 @@ def test_with_its_gradient_cut_the_prediction_loss_trains_all_but_the_inference(
             assert not torch.allclose(cut, alone), name
 
 
+def test_with_inference_frozen_the_prediction_alone_is_trained_from_what_is_inferred_at_test(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = moved(build(frozen_inference=True, share_first_draw=False)).train()
+    inferred: list[Tensor] = []
+    predicted = model._predict
+    monkeypatch.setattr(model, "_predict", lambda z: inferred.append(z) or predicted(z))
+    torch.manual_seed(1)
+    loss = model(video())
+    assert set(loss.terms) == {"predict", "predict_mse", "rollout", "rollout_mse"}
+    weight = model.config.likelihood_weight
+    torch.testing.assert_close(loss.total, weight * (loss.terms["predict"] + loss.terms["rollout"]))
+    loss.total.backward()
+    for name, parameter in model.named_parameters():
+        used = not name.startswith("iodine.") or name.startswith("iodine.refiner.decoder.")
+        assert parameter.grad is not None
+        assert bool(parameter.grad.any()) == used, name
+    torch.manual_seed(1)
+    first = torch.stack([torch.randn(2, 3, 4) for _ in range(5)], dim=1).flatten(0, 1)
+    expected = model.iodine.infer(video().flatten(0, 1), first, None).mean
+    torch.testing.assert_close(inferred[0].flatten(0, 1), expected.detach())
+    assert not inferred[0].requires_grad
+    held_out = model.eval()(video())  # of which all terms are known
+    assert set(held_out.terms) > set(loss.terms)
+
+
 def test_recomputation_changes_no_loss_and_no_gradient() -> None:
     found = [gradients(moved(build(recompute=recompute)).train()) for recompute in (False, True)]
     for name, wanted in found[0].items():
@@ -604,6 +632,7 @@ def test_clips_that_are_too_short_are_refused() -> None:
         ({"one_step_weight": 0.0, "rollout_weight": 0.0}, "both 0, so nothing would train the dynamics"),
         ({"rollout_frames": 0}, "rollout_frames must be at least 1 or None, got 0"),
         ({"alone_steps": -1}, "alone_steps must be 0 or more, got -1"),
+        ({"alone_steps": 5, "frozen_inference": True}, "leaves nothing to train in alone_steps=5"),
         ({"num_slots": 1}, "^num_slots must be at least 2"),
     ],
 )
