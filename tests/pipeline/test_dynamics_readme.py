@@ -15,7 +15,7 @@ create view motion as  -- the objects with their velocity in pixels per frame, f
 select clip, track, frame, mask_area, static,
     15.5 * (list_dot_product(dynamics::double[], weight[1]) + bias[1]) as velocity_y,
     15.5 * (list_dot_product(dynamics::double[], weight[2]) + bias[2]) as velocity_x
-from 'TABLES/objects/*.parquet', 'REPORT/probe.json'
+from 'TABLES/objects/*.parquet', (select weight, bias from 'REPORT/probe.json')
 where kind = 'posterior' and frame > 0  -- the first frame has none before it that it could move from
     and mask_area between 0.001 and 0.1;  -- neither an empty slot nor a part of the background
 
@@ -85,7 +85,16 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple[Any, ..
         rows = tables.build("objects", [block(clip)], fields, PROVENANCE)
         tables.publish(rows, str(folder / "tables" / "objects" / f"shard-{clip:05d}.parquet"))
     inverse = np.linalg.pinv(MIX)
-    store.publish_json(str(folder / "report" / "probe.json"), {"weight": inverse.tolist(), "bias": [0.0, 0.0]})
+    # With the fields that a real one has, of which one is also a column of the tables.
+    probe = {
+        "schema": 1,
+        "kind": "probe",
+        "model": "m",
+        "column": "dynamics",
+        "weight": inverse.tolist(),
+        "bias": [0.0, 0.0],
+    }
+    store.publish_json(str(folder / "report" / "probe.json"), probe)
     code = EXAMPLE.replace("TABLES", str(folder / "tables")).replace("REPORT", str(folder / "report"))
     connection = duckdb.connect()
     return [connection.execute(statement).fetchall() for statement in connection.extract_statements(code)]
