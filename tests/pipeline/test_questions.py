@@ -185,7 +185,7 @@ def test_questions_about_worlds_are_one_readable_file(tmp_path: Path, capsys: py
     assert message.startswith(f"{read.found} questions about 20 videos, ")
     assert "predictive, 40 answers, correct: 50 %, wrong: 50 %" in told
     assert "descriptive exist, " in told
-    assert "counterfactual: " in told
+    assert "counterfactual, " in told
     executor = Executor(world(0))
     for question in read.videos[0].questions:
         if question.type == "descriptive":

@@ -92,7 +92,7 @@ def test_questions_about_all_videos_are_written_in_the_same_job(
     assert not read.faults
     assert [video.scene_index for video in read.videos] == [0, 1]
     assert f"{read.found} questions about 2 videos" in message
-    assert "descriptive count: " in capsys.readouterr().out
+    assert "descriptive count, " in capsys.readouterr().out
     for video, world in zip(read.videos, simulate.read_worlds(str(tmp_path), "train", []), strict=True):
         for question in video.questions:
             if question.type == "descriptive":
