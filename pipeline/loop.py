@@ -322,8 +322,9 @@ class _Training:
         self.family = families.describe(run.model)
         self.source = open_source(run.data, "train", loader=run.loader)
         self.held_out = open_source(run.data, "val", loader=run.loader) if has_split(run.data, "val") else None
-        if self.held_out is None and self.worker.rank == 0:
-            print(f"note: {run.data} has no split 'val', so nothing is evaluated while training", flush=True)
+        if self.held_out is None and run.eval_every and self.worker.rank == 0:
+            note = f"note: {run.data} has no split 'val', so nothing is evaluated while training"
+            print(note, file=sys.stderr, flush=True)
 
     def _build(self) -> None:
         optim = self.part.optim
@@ -724,8 +725,8 @@ def _note_on_start(run: TrainRun) -> str:
     other = next(iter(known))
     if getattr(run.model, "alone_steps", None) == 0:
         return (
-            f"note: {family} begins from drawn weights and trains end to end; {family}/small begins from "
-            f"those of {other}/clevrer-small: python jobs/train_{other}.py clevrer-small --out START, then --init START"
+            f"note: {family} begins from drawn weights, as in the paper; {family}/small is made to begin from those "
+            f"of {other}/clevrer-small: python jobs/train_{other}.py clevrer-small --out START, then --init START"
         )
     # At its start such a decoder does what that of the other family does; nothing else would ask for it.
     if getattr(run.model, "conditional_decoder", "") != "residual":

@@ -122,7 +122,7 @@ def _settings(run: SimulateRun) -> dict[str, Any]:
     """What decides what a video shows, beside its index."""
     return {
         "scene": run.scene,
-        "split": run.split,
+        "split": SPLITS[run.split],
         "seed": run.seed,
         "objects": list(run.numbers),
         "renderer": run.renderer,

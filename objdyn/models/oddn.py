@@ -104,7 +104,9 @@ class ODDNConfig(IODINEConfig):
     and decoder, but not the inference. The paper trains end to end."""
     frozen_inference: bool = False
     """Ours: training infers the frames without gradients and learns from L_p alone: a cheap first stage for the
-    dynamics of an IODINE that is trained. Its decoder still learns; ``optim.slow`` can hold it."""
+    dynamics of an IODINE that is trained. Its decoder still learns; ``optim.slow`` can hold it. The loss on held-out
+    clips keeps all terms. A stage that follows begins with a moderate ``optim.slow_factor``: Adam knows nothing of the
+    inference's gradients by then, and takes larger first steps than in a new run."""
     alone_steps: int = 0
     """Ours: so many optimiser steps train IODINE alone, on clips of any length; 0 is the paper's end to end."""
 
@@ -407,9 +409,10 @@ class Distillation(nn.Module):
         out_dim: size of the dynamics.
         time_code: add a learned vector per frame to what is attended to.
         init: ``default`` is torch's. ``difference`` starts with :math:`W_q^T W_k / \sqrt d = I`, so that a slot attends
-            to what is like it, above all to itself in both frames, and :math:`W_v = -0.9 I`, so that the sum of
-            equation 9 is about :math:`0.1 z_n + 0.45 (z_n - z_{n-1})`: motion and content are of one size in it, where
-            motion is a tenth of content in a slot. d of the slots' numbers are compared where d is less than theirs.
+            to what is like it, above all to itself in both frames where slots are long beside their products, and
+            :math:`W_v = -0.9 I`, so that the sum of equation 9 is about :math:`0.1 z_n + 0.45 (z_n - z_{n-1})`:
+            motion and content are of one size in it, where motion is a tenth of content in a slot. d of the slots'
+            numbers are compared where d is less than theirs.
     """
 
     def __init__(

@@ -558,11 +558,11 @@ class ClevrerEpisode:
         """Draw ``length`` frames from frame ``start``; ``None`` means until the end.
 
         ``truth`` is that of the reader (``objdyn.datasets.clevrer.read``) for the same video: ``positions`` of the
-        centres in the square picture and ``velocities`` (their change per kept frame, at that frame), also of objects
-        out of view, NaN behind the camera; ``present``, in view of the whole frame (:func:`in_view`) and, where the
-        picture is a part of it, with the centre in the picture; ``segmentation`` (0 background, object i is i + 1);
-        and ``num_objects``, those present in some frame of the clip. Where the number of objects varies there is room
-        for the most.
+        centres in the square picture and ``velocities`` (their change per kept frame, at that frame, where the
+        reader's are per frame of the video), also of objects out of view, NaN behind the camera; ``present``, in view
+        of the whole frame (:func:`in_view`) and, where the picture is a part of it, with the centre in the picture;
+        ``segmentation`` (0 background, object i is i + 1); and ``num_objects``, those present in some frame of the
+        clip. Where the number of objects varies there is room for the most.
 
         Raises:
             ValueError: the window leaves the episode; mujoco or what it draws with is missing.

@@ -125,7 +125,8 @@ def test_distillation_starts_as_a_difference_of_frames() -> None:
     own = scores.unflatten(-1, (2, 4)).diagonal(dim1=1, dim2=3)
     assert own.sum(1).min() > 0.999  # of the two frames together
     narrow = Distillation(6, 4, 8, 3)
-    assert narrow.query.weight.shape == (4, 6)
+    scores = narrow.query.weight.T @ narrow.key.weight * narrow.scale
+    torch.testing.assert_close(scores, torch.diag(torch.tensor([1.0, 1, 1, 1, 0, 0])))
     assert Distillation(6, 6, 8, 3, init="default").value.weight.diagonal().min() > -0.45  # torch's, within 1 / sqrt(6)
 
 
