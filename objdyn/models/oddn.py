@@ -41,6 +41,7 @@ from objdyn.models.iodine import (
     IODINE,
     LOG_VAR_RANGE,
     IODINEConfig,
+    Posterior,
     decode_slots,
     draw,
     flat_frames,
@@ -72,8 +73,8 @@ class ODDNConfig(IODINEConfig):
     """Ours: hidden size of the feed-forward network (ReLU) that ends in the dynamics."""
     distillation_init: Literal["difference", "default"] = "difference"
     """Ours: start where attention finds a slot's own entries in both frames and equation 9 sums little more than their
-    difference (``Distillation``), or with torch's initialisation, from which motion was not found in 1,300 steps that
-    the baseline ``linear`` needs 200 for."""
+    difference (``Distillation``), or with torch's initialisation, from which a predictor on frozen slots found no
+    motion in 600 steps, where the baseline ``linear`` had in 200 (LOG.md)."""
     time_code: bool = False
     """Ours: add a learned vector to the slots of the frame before and another to those of the present one, as keys and
     values; without it only the residual tells which frame is which."""
@@ -300,10 +301,11 @@ class ODDN(nn.Module):
         """Slots as at test, or samples of their posteriors, without gradients."""
         with torch.no_grad():
             found = self.iodine.infer(frames, noise, None)
+            slots = found.mean
             if self.config.predict_from == "sample":
-                found = found._replace(mean=found.mean + torch.exp(0.5 * found.log_var) * torch.randn_like(found.mean))
+                slots = Posterior(found.mean, found.log_var).sample(torch.randn_like(slots))
         torch.clear_autocast_cache()  # casts of weights that were made without gradients would be used again
-        return found.mean
+        return slots
 
     def _add_predictions(
         self,
