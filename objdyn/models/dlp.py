@@ -1,322 +1,491 @@
-"""The parts of DLPv2, the single-image particle model (Daniel & Tamar, TMLR 2024, section 4 and appendix D).
+"""DLP: deep latent particles of single images, in the version DLPv2 (Daniel & Tamar, TMLR 2024, sections 3 and 4.1).
 
-    image --PatchPrior--> proposals --AttributeEncoder--> position, scale, depth, transparency
-          --AppearanceEncoder--> features      --BackgroundEncoder--> background
-    particles --GlimpseDecoder, stitch--> foreground over BackgroundDecoder's background
+An image is a set of K particles, each with a position, scale, depth, transparency and features, plus a background
+vector. A patch prior proposes keypoints, the first K become anchors; a glimpse around each anchor refines it, and a
+second glimpse gives the particle's attributes.
 
-``ddlp.py`` builds the video model from these parts, and initialises their convolutions. Each takes its sizes as
-arguments, so each can be tested alone.
-Module sizes follow the authors' code where the paper's text differs (the MLPs are 256-256, not 256-128); the
-parameter counts of the published settings are checked in the tests.
+    frame --encode--> particles, background --decode--> frame, masks
+
+Frames of a clip are independent of each other: particle k of one frame is another thing than particle k of the next,
+and nothing is predicted. ``ddlp.py`` is the video model around this one. The parts are in ``layers/particles.py``.
+
+Reading order: DLPConfig, Particles, DLP.forward, then the steps in the order in which forward uses them. Which of paper
+and released code is followed, and which defects of the latter are mended, is said in ``ddlp.py`` for both models.
 """
 
-import itertools
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from objdyn.layers.convolution import MLP, ConvBlock, PatchCNN
-from objdyn.layers.spatial import inside_squares, paste_glimpses, spatial_softmax
+from objdyn.distributions import beta_kl, beta_sample, gaussian_kl, gaussian_sample
+from objdyn.interface import Loss, Scene, check_choices
+from objdyn.layers.convolution import init_convolutions
+from objdyn.layers.particles import (
+    AppearanceEncoder,
+    AttributeEncoder,
+    Attributes,
+    BackgroundDecoder,
+    BackgroundEncoder,
+    GlimpseDecoder,
+    PatchPrior,
+    Stitched,
+    background_mask,
+    log2_exact,
+    stitch,
+)
+from objdyn.layers.spatial import cut_glimpses
+from objdyn.losses import chamfer_kl, squared_error, zero_gradient
 
-HIDDEN = 256
-"""Width of every MLP of the image model."""
-TRUNK_CHANNELS = 32
-"""Maps between a trunk's CNN and its MLP, and of the first maps of the decoders."""
-LOG_CONCENTRATION_RANGE = (-6.0, 6.0)
-"""Bounds of log a and log b of the transparency's Beta distribution."""
-LOG_VAR_RANGE = (-12.0, 6.0)
-"""Bounds of every log-variance."""
-
-
-def log2_exact(value: int) -> int:
-    """The logarithm of a power of two, by integers: ``floor(log(64) / log(2))`` is 5 in floating point.
-
-    Raises:
-        ValueError: ``value`` is not a power of two.
-    """
-    if value < 1 or value & (value - 1):
-        raise ValueError(f"expected a power of two, got {value}")
-    return value.bit_length() - 1
-
-
-def bound_log_var(log_var: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Keep a log-variance inside ``LOG_VAR_RANGE``."""
-    return log_var.clamp(*LOG_VAR_RANGE)
+FRAMES_AT_ONCE = 64
+"""Frames that are rendered or background-encoded together where no gradient is kept; bounds the memory."""
 
 
-def bound_concentration(log_value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """A Beta concentration from its bounded logarithm."""
-    return log_value.clamp(*LOG_CONCENTRATION_RANGE).exp()
+@dataclass(frozen=True)
+class DLPConfig:
+    """Every setting of the image model. Symbols in brackets are the paper's."""
 
+    image_size: int = 64
+    """Side of the square frames, in pixels; a power of two."""
+    num_particles: int = 10
+    """Particles per frame (K)."""
+    num_proposals: int = 12
+    """Keypoint proposals kept by the prior (L); at least K, at most the number of patches."""
+    patch_size: int = 8
+    """Side of the prior's patches, in pixels (P)."""
+    proposal_filter: Literal["variance", "distance", "random"] = "variance"
+    """How the prior ranks its proposals."""
+    glimpse_ratio: float = 0.25
+    """Side of a glimpse over the side of the frame; the glimpse in pixels is a power of two (S)."""
+    feature_dim: int = 3
+    """Appearance features of a particle (m)."""
+    background_dim: int = 3
+    """Features of the background (m_bg); the paper sets it to m."""
+    prior_channels: tuple[int, ...] = (16, 32, 64)
+    """Channels of the prior's and the glimpse encoders' CNNs."""
+    encoder_channels: tuple[int, ...] = (32, 64, 128)
+    """Channels of the background encoder, and reversed of its decoder."""
+    use_score_map: bool = True
+    """Give the attribute encoder a channel for the cross-correlation with the particle's last glimpse, by which the
+    video model tracks; all zero in a single image."""
+    recon_weight: float = 1.0
+    """Weight of the reconstruction."""
+    kl_weight: float = 0.1
+    """Weight of the KL terms (beta_KL); about 0.1 for squared error, 40 for a perceptual loss."""
+    kl_balance: float = 0.001
+    """Weight of depth, features, background and (halved) Chamfer inside the static KL."""
+    offset_std: float = 0.2
+    """Prior standard deviation of the position offset; of a video in its burn-in frames, as the next two."""
+    scale_std: float = 0.3
+    """Prior standard deviation of the scale, before the sigmoid."""
+    conv_init_std: float = 0.01
+    """Standard deviation of convolution weights at initialisation; the released code has 0.01."""
+    initial_feature_log_var: float = 0.0
+    """Added to the features' initial posterior log-variance; 0 as released, short runs want less."""
+    transparency_prior: tuple[float, float] = (0.1, 0.1)
+    """Prior concentrations (a, b) of the transparency."""
+    warmup_steps: int = 0
+    """Optimiser steps at the start that reconstruct single glimpses instead of frames."""
+    noisy_steps: int = 0
+    """Optimiser steps after the warm-up with noisy scales and alphas; the warm-up is noisy, too."""
 
-class Attributes(NamedTuple):
-    """Distribution parameters of one frame's particles, as the attribute encoder or PINT gives them."""
-
-    position: Float[Tensor, "... k 2"]
-    """Mean; for the attribute encoder the offset from the glimpse's centre, in (-1, 1)."""
-    position_log_var: Float[Tensor, "... k 2"]
-    scale: Float[Tensor, "... k 2"]
-    """Mean before the sigmoid."""
-    scale_log_var: Float[Tensor, "... k 2"]
-    depth: Float[Tensor, "... k"]
-    depth_log_var: Float[Tensor, "... k"]
-    transparency_a: Float[Tensor, "... k"]
-    """First concentration of the Beta distribution, as b the second; positive."""
-    transparency_b: Float[Tensor, "... k"]
+    def __post_init__(self) -> None:
+        check_choices(self)
+        try:
+            log2_exact(self.image_size)
+            log2_exact(self.glimpse_size)
+        except ValueError:
+            raise ValueError(
+                f"image_size and the glimpse (glimpse_ratio * (image_size - 1), rounded) must be powers of two, got "
+                f"{self.image_size} and {self.glimpse_size}; try image_size 64 or 128 with glimpse_ratio 0.25"
+            ) from None
+        if self.glimpse_size < 8 or self.glimpse_size >= self.image_size:
+            raise ValueError(f"the glimpse must have 8 pixels or more and be smaller than the frame, got "
+                             f"{self.glimpse_size} of {self.image_size}; change glimpse_ratio")  # fmt: skip
+        halvings = len(self.prior_channels) - 1
+        if self.image_size % self.patch_size != 0 or self.patch_size < 2 ** (halvings + 1):
+            raise ValueError(
+                f"patch_size must divide image_size={self.image_size} and be at least {2 ** (halvings + 1)}, "
+                f"got {self.patch_size}"
+            )
+        if not 1 <= self.num_particles <= self.num_proposals <= self.num_patches:
+            raise ValueError(
+                f"need 1 <= num_particles <= num_proposals <= number of patches ({self.num_patches} of "
+                f"{self.patch_size} pixels), got num_particles={self.num_particles}, num_proposals={self.num_proposals}"
+            )
+        if len(self.encoder_channels) < 2 or self.image_size // 2 ** (len(self.encoder_channels) - 1) < 8:
+            raise ValueError(
+                f"encoder_channels must leave maps of 8 pixels or more, got {len(self.encoder_channels)} levels for "
+                f"image_size={self.image_size}"
+            )
+        for name in ("kl_weight", "kl_balance", "recon_weight", "warmup_steps", "noisy_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("conv_init_std", "offset_std", "scale_std", "feature_dim", "background_dim"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if min(self.transparency_prior) <= 0:
+            raise ValueError(f"transparency_prior must be two positive numbers, got {self.transparency_prior}")
 
     @property
-    def transparency(self) -> Float[Tensor, "... k"]:
-        """Mean of the Beta distribution."""
-        return self.transparency_a / (self.transparency_a + self.transparency_b)
+    def glimpse_size(self) -> int:
+        """Side of a glimpse in pixels (S)."""
+        return round(self.glimpse_ratio * (self.image_size - 1))
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of the prior (N)."""
+        return (self.image_size // self.patch_size) ** 2
 
 
-class AttributeHeads(nn.Module):
-    """Linear heads from a hidden vector to ``Attributes``; the position mean passes through tanh."""
+class Particles(NamedTuple):
+    """Particles and background of each frame: posterior means, or samples where a generator was given."""
 
-    def __init__(self, hidden: int) -> None:
+    position: Float[Tensor, "b t k 2"]
+    """(y, x) in [-1, 1], y down; a rollout may leave the range."""
+    scale: Float[Tensor, "b t k 2"]
+    """(y, x), before the sigmoid, which gives the side of the glimpse over the side of the frame."""
+    depth: Float[Tensor, "b t k"]
+    """Smaller is nearer: blended by sigmoid(-depth)."""
+    transparency: Float[Tensor, "b t k"]
+    """In [0, 1]; 1 is fully visible."""
+    features: Float[Tensor, "b t k m"]
+    background: Float[Tensor, "b t m_bg"]
+
+    def frames(self, start: int | None, stop: int | None) -> "Particles":
+        """The frames ``start:stop``."""
+        return Particles(*(field[:, start:stop] for field in self))
+
+
+class Gaussian(NamedTuple):
+    """Mean and log-variance."""
+
+    mean: Float[Tensor, "..."]
+    log_var: Float[Tensor, "..."]
+
+
+class Distribution(NamedTuple):
+    """What an encoder, or PINT, says of each frame: the particles' attributes, features, and the background."""
+
+    attributes: Attributes
+    features: Gaussian
+    background: Gaussian
+
+
+class Posterior(NamedTuple):
+    """The encoder's answer for the frames of a clip."""
+
+    anchor: Float[Tensor, "b t k 2"]
+    """Where the offset starts: the refined anchor; in tracked frames the last position (detached)."""
+    distribution: Distribution
+    """``attributes.position`` is the offset from the anchor."""
+    latents: Particles
+    """Samples, or means."""
+    glimpses: Float[Tensor, "b t k c s s"]
+    """What the appearance encoder saw."""
+    proposals: Float[Tensor, "b t0 l 2"]
+    """The prior's keypoints; of a tracked video in its burn-in frames."""
+
+
+class Stage(NamedTuple):
+    """Where in its schedule the training is."""
+
+    warmup: bool
+    noisy: bool
+
+
+class DLP(nn.Module):
+    """The image model. ``step`` is the number of completed optimiser steps; the training loop writes it."""
+
+    step: Tensor
+
+    def __init__(self, config: DLPConfig) -> None:
         super().__init__()
-        self.y = nn.Linear(hidden, 2)
-        self.x = nn.Linear(hidden, 2)
-        self.scale = nn.Linear(hidden, 4)
-        self.transparency = nn.Linear(hidden, 2)
-        self.depth = nn.Linear(hidden, 2)
-
-    def forward(self, hidden: Float[Tensor, "... d"]) -> Attributes:
-        """One set of attributes for each hidden vector; the other axes are kept."""
-        # fp32 from here on, also under autocast: positions and the KL terms need it
-        y, x = self.y(hidden).float(), self.x(hidden).float()
-        position, position_log_var = torch.stack([y, x], dim=-1).unbind(-2)
-        scale, scale_log_var = self.scale(hidden).float().chunk(2, dim=-1)
-        depth, depth_log_var = self.depth(hidden).float().unbind(-1)
-        log_a, log_b = self.transparency(hidden).float().unbind(-1)
-        return Attributes(
-            position=position.tanh(),
-            position_log_var=bound_log_var(position_log_var),
-            scale=scale,
-            scale_log_var=bound_log_var(scale_log_var),
-            depth=depth,
-            depth_log_var=bound_log_var(depth_log_var),
-            transparency_a=bound_concentration(log_a),
-            transparency_b=bound_concentration(log_b),
+        c = config
+        self.config = config
+        self.prior = PatchPrior(c.image_size, c.patch_size, c.prior_channels, c.num_proposals, c.proposal_filter)
+        self.attribute_encoder = AttributeEncoder(c.glimpse_size, c.prior_channels, c.use_score_map)
+        self.appearance_encoder = AppearanceEncoder(
+            c.glimpse_size, c.prior_channels, c.feature_dim, c.initial_feature_log_var
         )
+        self.glimpse_decoder = GlimpseDecoder(c.feature_dim, c.glimpse_size)
+        self.background_encoder = BackgroundEncoder(c.image_size, c.encoder_channels, c.background_dim)
+        self.background_decoder = BackgroundDecoder(c.background_dim, c.image_size, c.encoder_channels)
+        init_convolutions(self, c.conv_init_std)
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.4 times faster on a CPU
 
+    # ---- the verbs -----------------------------------------------------------------------------------------------
 
-class PatchPrior(nn.Module):
-    """Proposes one keypoint per patch and keeps the ``num_proposals`` most certain (appendix D.2).
+    def forward(self, video: Float[Tensor, "b t c h w"]) -> Loss:
+        r"""Negative ELBO of the frames, averaged over them (section 4.1, appendix D).
 
-    Each P x P patch goes through a small CNN and a spatial softmax. ``filter``: "variance" keeps the smallest
-    var_y + var_x + cov (the signed covariance, as in the authors' code), "distance" the furthest from the patch
-    centre, "random" a fresh permutation for every image. The order of the ranking is kept: the first K are anchors.
-    """
+        .. math::  \|x - \hat x\|^2 + \beta_{KL} KL(q \| p)
 
-    def __init__(
+        with a constant prior. In evaluation mode the posterior's means are decoded.
+
+        Raises:
+            ValueError: the frames have another size than the model.
+        """
+        self._check(video)
+        stage = self._stage()
+        posterior = self._find(video, sample=self.training, stage=stage)
+        recon = self._recon_error(video, posterior, stage).mean()
+        kl = self._static_kl(posterior, stage).mean()
+        total = self.config.recon_weight * recon + self.config.kl_weight * kl
+        if stage.warmup:
+            total = total + zero_gradient(self.background_decoder).to(total.device)
+        return Loss(total, {"recon": recon.detach(), "kl": kl.detach(), **describe_particles(posterior.latents)})
+
+    def encode(self, video: Float[Tensor, "b t c h w"], *, generator: torch.Generator | None = None) -> Particles:
+        """Particles of every frame, each frame on its own.
+
+        Raises:
+            ValueError: the frames have another size than the model was built for.
+        """
+        self._check(video)
+        stage = Stage(warmup=False, noisy=False)
+        return self._find(video, sample=generator is not None, stage=stage, generator=generator).latents
+
+    def rollout(self, latents: Particles, horizon: int, *, generator: torch.Generator | None = None) -> Particles:
+        """Not available: frames are independent.
+
+        Raises:
+            NotImplementedError: always; ``ddlp`` is the family that predicts.
+        """
+        raise NotImplementedError("dlp is a model of single images and predicts nothing; train ddlp for rollouts")
+
+    def decode(self, latents: Particles, components: bool = False) -> Scene:
+        """Render the particles over the background; component 0 is the background, particle k is component k + 1."""
+        b, t = latents.depth.shape[:2]
+        pieces: list[tuple[Tensor, ...]] = []
+        for piece in _frame_pieces(latents):
+            stitched = self._stitch(piece, self._decode_glimpses(piece), Stage(False, False))
+            rendered = [stitched.video.clamp(0, 1)]
+            if components:
+                background = self.background_decoder(piece.background.flatten(0, 1))
+                rendered.append(torch.cat([stitched.background_mask.unsqueeze(1), stitched.masks], dim=1))
+                rendered.append(torch.cat([background.unsqueeze(1), stitched.components], dim=1))
+            pieces.append(tuple(rendered))
+        joined = [torch.cat(part).unflatten(0, (b, t)) for part in zip(*pieces, strict=True)]
+        return Scene(*joined)
+
+    # ---- inference -----------------------------------------------------------------------------------------------
+
+    def _find(
         self,
-        image_size: int,
-        patch_size: int,
-        channels: Sequence[int],
-        num_proposals: int,
-        filter: Literal["variance", "distance", "random"],
-        in_channels: int = 3,
-    ) -> None:
-        super().__init__()
-        self.image_size, self.patch_size = image_size, patch_size
-        self.num_proposals, self.filter = num_proposals, filter
-        self.cnn = PatchCNN(in_channels, channels, 1)
+        video: Float[Tensor, "b t c h w"],
+        *,
+        sample: bool,
+        stage: Stage,
+        generator: torch.Generator | None = None,
+    ) -> Posterior:
+        """q(z | x) of every frame on its own (section 4.1, appendix D.3)."""
+        b, t = video.shape[:2]
+        frames = video.flatten(0, 1)
+        proposals = self.prior(frames)
+        anchor, scale = self._refine(frames, proposals, stage)
+        found = self.attribute_encoder(self._cut(frames, anchor.detach(), scale))
+        drawn = self._draw_attributes(found, anchor, stage, sample, generator)
+        glimpses = self._cut_appearance(frames, drawn, stage)
 
-    def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n l 2"]:
-        """Positions of the kept proposals, best first."""
-        size, side = self.patch_size, self.image_size
-        per_axis = side // size
-        patches = rearrange(images, "n c (i p) (j q) -> (n i j) c p q", p=size, q=size)
-        local, variance, covariance = spatial_softmax(self.cnn(patches)[:, 0].float())
-        origin = torch.arange(per_axis, device=images.device, dtype=images.dtype) * size
-        origin = torch.stack(torch.meshgrid(origin, origin, indexing="ij"), dim=-1).reshape(-1, 2)  # (i j, 2)
-        local = local.view(-1, per_axis * per_axis, 2)
-        pixels = (local + 1) * (0.5 * (size - 1)) + origin
-        position = pixels * (2 / (side - 1)) - 1
-        score = (variance.sum(-1) + covariance).view(-1, per_axis * per_axis)
-        if self.filter == "distance":
-            score = -local.square().sum(-1)
-        elif self.filter == "random":
-            score = torch.rand_like(score)
-        best = score.topk(self.num_proposals, dim=-1, largest=False, sorted=True).indices
-        return position.gather(1, best.unsqueeze(-1).expand(-1, -1, 2))
+        def split(field: Tensor) -> Tensor:
+            return field.unflatten(0, (b, t))
 
-
-class GlimpseTrunk(nn.Module):
-    """A glimpse to a hidden vector of 256: PatchCNN to 32 maps, then Linear, Linear, ReLU, Linear, ReLU."""
-
-    def __init__(self, glimpse_size: int, channels: Sequence[int], in_channels: int) -> None:
-        super().__init__()
-        self.cnn = PatchCNN(in_channels, channels, TRUNK_CHANNELS)
-        side = glimpse_size // 2 ** (len(channels) - 1)
-        self.project = nn.Linear(TRUNK_CHANNELS * side * side, HIDDEN)
-        self.mlp = MLP(HIDDEN, HIDDEN, HIDDEN, final_activation=True)
-
-    def forward(self, glimpses: Float[Tensor, "n c s s"]) -> Float[Tensor, "n d"]:
-        return self.mlp(self.project(self.cnn(glimpses).flatten(1)))
-
-
-class AttributeEncoder(nn.Module):
-    """Glimpse (and score map, where used) to the attributes relative to the glimpse's centre (appendix D.3)."""
-
-    def __init__(self, glimpse_size: int, channels: Sequence[int], score_map: bool) -> None:
-        super().__init__()
-        self.score_map = score_map
-        self.trunk = GlimpseTrunk(glimpse_size, channels, in_channels=4 if score_map else 3)
-        self.heads = AttributeHeads(HIDDEN)
-
-    def forward(
-        self, glimpses: Float[Tensor, "n k c s s"], score_map: Float[Tensor, "n k 1 s s"] | None = None
-    ) -> Attributes:
-        """Attributes of each glimpse. Without a previous frame the score map is zero."""
-        n, k = glimpses.shape[:2]
-        if self.score_map:
-            if score_map is None:
-                score_map = torch.zeros_like(glimpses[:, :, :1])
-            glimpses = torch.cat([glimpses, score_map], dim=2)
-        hidden = self.trunk(glimpses.flatten(0, 1))
-        return self.heads(hidden.view(n, k, -1))
-
-
-class AppearanceEncoder(nn.Module):
-    """Glimpse to mean and log-variance of the particle's features.
-
-    ``initial_log_var`` is added to the log-variance's bias at the start: features that are all noise teach the decoder
-    nothing, and Adam needs about 1 / lr steps for each unit.
-    """
-
-    def __init__(
-        self, glimpse_size: int, channels: Sequence[int], feature_dim: int, initial_log_var: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.trunk = GlimpseTrunk(glimpse_size, channels, in_channels=3)
-        self.head = nn.Linear(HIDDEN, 2 * feature_dim)
-        with torch.no_grad():
-            self.head.bias[feature_dim:] += initial_log_var
-
-    def forward(self, glimpses: Float[Tensor, "n c s s"]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
-        mean, log_var = self.head(self.trunk(glimpses)).float().chunk(2, dim=-1)
-        return mean, bound_log_var(log_var)
-
-
-class BackgroundEncoder(nn.Module):
-    """An image with the particles masked out, to mean and log-variance of the background vector."""
-
-    def __init__(self, image_size: int, channels: Sequence[int], background_dim: int) -> None:
-        super().__init__()
-        self.cnn = PatchCNN(3, channels, TRUNK_CHANNELS, first_kernel=7)
-        side = image_size // 2 ** (len(channels) - 1)
-        self.mlp = MLP(TRUNK_CHANNELS * side * side, HIDDEN, HIDDEN, 2 * background_dim)
-
-    def forward(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
-        mean, log_var = self.mlp(self.cnn(images).flatten(1)).float().chunk(2, dim=-1)
-        return mean, bound_log_var(log_var)
-
-
-class GlimpseDecoder(nn.Module):
-    """Features to an RGBA glimpse in [0, 1]; channel 0 is alpha."""
-
-    def __init__(self, feature_dim: int, glimpse_size: int) -> None:
-        super().__init__()
-        doublings = log2_exact(glimpse_size) - 3
-        widths = [TRUNK_CHANNELS] + [64] * doublings
-        blocks = [ConvBlock(a, b, upsample=True) for a, b in itertools.pairwise(widths)]
-        self.net = nn.Sequential(
-            MLP(feature_dim, HIDDEN, HIDDEN, TRUNK_CHANNELS * 8 * 8, final_activation=True),
-            nn.Unflatten(-1, (TRUNK_CHANNELS, 8, 8)),
-            *blocks,
-            ConvBlock(widths[-1], TRUNK_CHANNELS),
-            nn.Conv2d(TRUNK_CHANNELS, 4, 1),
-            nn.Sigmoid(),
+        return self._complete(
+            video,
+            split(anchor),
+            Attributes(*map(split, found)),
+            Drawn(*map(split, drawn)),
+            split(glimpses),
+            split(proposals),
+            sample=sample,
+            generator=generator,
         )
 
-    def forward(self, features: Float[Tensor, "n m"]) -> Float[Tensor, "n 4 s s"]:
-        return self.net(features).float()
+    def _refine(self, frames: Tensor, proposals: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
+        """First pass of the attribute encoder: anchors moved to what they see, and the scale to look with next."""
+        c = self.config
+        fixed_scale = self._fixed_scale(frames)
+        anchor = proposals[:, : c.num_particles]
+        refine = self.attribute_encoder(self._cut(frames, anchor.detach(), fixed_scale))
+        return anchor + refine.position, fixed_scale if stage.noisy else refine.scale.detach().sigmoid()
 
+    def _fixed_scale(self, frames: Tensor) -> Float[Tensor, "n k 2"]:
+        c = self.config
+        return frames.new_full((len(frames), c.num_particles, 2), c.glimpse_size / c.image_size)
 
-class BackgroundDecoder(nn.Module):
-    """Background vector to an image in [0, 1]."""
+    def _draw_attributes(
+        self, found: Attributes, anchor: Tensor, stage: Stage, sample: bool, generator: torch.Generator | None
+    ) -> "Drawn":
+        drawn = draw_attributes(found, anchor, sample, generator)
+        if stage.noisy:
+            scale = logit(self.config.glimpse_ratio) + 0.1 * torch.randn_like(drawn.scale)
+            return drawn._replace(scale=scale)
+        return drawn
 
-    def __init__(self, background_dim: int, image_size: int, channels: Sequence[int]) -> None:
-        super().__init__()
-        first = image_size // 2 ** (len(channels) - 1)
-        doublings = log2_exact(first) - 3
-        blocks: list[nn.Module] = [ConvBlock(TRUNK_CHANNELS, TRUNK_CHANNELS, upsample=True) for _ in range(doublings)]
-        widest = channels[-1]
-        blocks += [
-            nn.Conv2d(TRUNK_CHANNELS, widest, 3, padding=1, padding_mode="replicate", bias=False),
-            nn.ReLU(),
-            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
-        ]
-        for width in reversed(channels[1:-1]):
-            blocks.append(ConvBlock(widest, width, upsample=True))
-            widest = width
-        self.net = nn.Sequential(
-            MLP(background_dim, HIDDEN, HIDDEN, TRUNK_CHANNELS * 8 * 8, final_activation=True),
-            nn.Unflatten(-1, (TRUNK_CHANNELS, 8, 8)),
-            *blocks,
-            ConvBlock(widest, channels[0]),
-            nn.Conv2d(channels[0], 3, 1),
-            nn.Sigmoid(),
+    def _cut_appearance(self, frames: Tensor, drawn: "Drawn", stage: Stage) -> Float[Tensor, "n k c s s"]:
+        """The appearance's glimpse: gradient through the position, except in the warm-up."""
+        centre = drawn.position.detach() if stage.warmup else drawn.position
+        return self._cut(frames, centre, drawn.scale.detach().sigmoid())
+
+    def _complete(
+        self,
+        video: Float[Tensor, "b t c h w"],
+        anchor: Float[Tensor, "b t k 2"],
+        attributes: Attributes,
+        drawn: "Drawn",
+        glimpses: Float[Tensor, "b t k c s s"],
+        proposals: Float[Tensor, "b t0 l 2"],
+        *,
+        sample: bool,
+        generator: torch.Generator | None,
+    ) -> Posterior:
+        """Appearance and background of frames whose particles have been placed, all frames at once."""
+        c = self.config
+        b, t = video.shape[:2]
+        features = Gaussian(
+            *(f.unflatten(0, glimpses.shape[:3]) for f in self.appearance_encoder(glimpses.flatten(0, 2)))
+        )
+        free = background_mask(
+            drawn.position.flatten(0, 1).detach(),
+            drawn.transparency.flatten(0, 1).detach(),
+            c.glimpse_size,
+            c.image_size,
+        )
+        masked = video.flatten(0, 1) * free
+        if torch.is_grad_enabled():
+            encoded = [self.background_encoder(masked)]
+        else:
+            encoded = [self.background_encoder(piece) for piece in masked.split(FRAMES_AT_ONCE)]
+        background = Gaussian(*(torch.cat(part).unflatten(0, (b, t)) for part in zip(*encoded, strict=True)))
+        latents = Particles(
+            *drawn,
+            draw_gaussian(features, sample, generator),
+            draw_gaussian(background, sample, generator),
+        )
+        return Posterior(anchor, Distribution(attributes, features, background), latents, glimpses, proposals)
+
+    def _cut(self, frame: Tensor, position: Tensor, scale: Tensor) -> Float[Tensor, "b k c s s"]:
+        return cut_glimpses(frame, position, scale, self.config.glimpse_size)
+
+    # ---- rendering -----------------------------------------------------------------------------------------------
+
+    def _decode_glimpses(self, latents: Particles) -> Float[Tensor, "b t k 4 s s"]:
+        features = latents.features
+        return self.glimpse_decoder(features.flatten(0, 2)).unflatten(0, features.shape[:3])
+
+    def _stitch(self, latents: Particles, glimpses: Tensor, stage: Stage) -> Stitched:
+        """Compose frames; batch and time are one axis of the result."""
+        return stitch(
+            glimpses.flatten(0, 1),
+            latents.position.flatten(0, 1),
+            latents.scale.sigmoid().flatten(0, 1),
+            latents.depth.flatten(0, 1),
+            latents.transparency.flatten(0, 1),
+            self.background_decoder(latents.background.flatten(0, 1)),
+            alpha_noise=0.1 if stage.noisy else 0.0,
         )
 
-    def forward(self, background: Float[Tensor, "n m"]) -> Float[Tensor, "n 3 h w"]:
-        return self.net(background).float()
+    # ---- loss terms ----------------------------------------------------------------------------------------------
+
+    def _static_kl(self, posterior: Posterior, stage: Stage) -> Float[Tensor, "b t0"]:
+        """KL to the constant prior of the frames with proposals, summed over particles and dimensions (appendix D.1).
+
+        The Chamfer term compares the proposals with the anchors: refined ones, which carry a gradient, or tracked ones.
+        """
+        c = self.config
+        frames = posterior.proposals.shape[1]
+        attributes = Attributes(*(field[:, :frames] for field in posterior.distribution.attributes))
+        features, background = (Gaussian(*(f[:, :frames] for f in g)) for g in posterior.distribution[1:])
+        offset_std, scale_std = (0.1, 0.1) if stage.noisy else (c.offset_std, c.scale_std)
+        a, b = (0.2, 0.1) if stage.noisy else c.transparency_prior
+        prior_a = torch.full_like(attributes.transparency_a, a)
+        prior_b = torch.full_like(attributes.transparency_b, b)
+        log_var = 2 * torch.tensor([offset_std, scale_std]).log()
+        scale_mean = logit(0.75 * c.glimpse_ratio)
+
+        anchors = chamfer_kl(posterior.anchor[:, :frames], posterior.proposals.detach())
+        offset = gaussian_kl(attributes.position, attributes.position_log_var, 0.0, float(log_var[0]))
+        scale = gaussian_kl(attributes.scale, attributes.scale_log_var, scale_mean, float(log_var[1]))
+        transparency = beta_kl(attributes.transparency_a, attributes.transparency_b, prior_a, prior_b)
+        depth = gaussian_kl(attributes.depth, attributes.depth_log_var, 0.0, 0.0)
+        return (
+            0.5 * c.kl_balance * anchors
+            + offset.sum((-1, -2))
+            + scale.sum((-1, -2))
+            + transparency.sum(-1)
+            + c.kl_balance * depth.sum(-1)
+            + c.kl_balance * gaussian_kl(*features, 0.0, 0.0).sum((-1, -2))
+            + c.kl_balance * gaussian_kl(*background, 0.0, 0.0).sum(-1)
+        )
+
+    def _recon_error(self, video: Tensor, posterior: Posterior, stage: Stage) -> Float[Tensor, "b t"]:
+        """What the decoder misses of each frame; in the warm-up, of each glimpse."""
+        glimpses = self._decode_glimpses(posterior.latents)
+        if stage.warmup:
+            return squared_error(posterior.glimpses.flatten(2, 3), glimpses[:, :, :, 1:].flatten(2, 3))
+        return squared_error(video, self._stitch(posterior.latents, glimpses, stage).video.view_as(video))
+
+    def _stage(self) -> Stage:
+        if not self.training:
+            return Stage(warmup=False, noisy=False)
+        step = int(self.step)
+        return Stage(step < self.config.warmup_steps, step < self.config.warmup_steps + self.config.noisy_steps)
+
+    def _check(self, video: Tensor) -> int:
+        """The number of frames of a video that fits the model."""
+        side = self.config.image_size
+        if video.ndim != 5 or video.shape[2:] != (3, side, side):
+            raise ValueError(
+                f"expected video of shape (batch, time, 3, {side}, {side}), got {tuple(video.shape)}; make shards with "
+                f"--size {side}, or set model.image_size"
+            )
+        return video.shape[1]
 
 
-def background_mask(
-    position: Float[Tensor, "n k 2"], transparency: Float[Tensor, "n k"], side: int, image_size: int
-) -> Float[Tensor, "n 1 h w"]:
-    """What the particles leave free: 1 minus the squares of ``side`` pixels around them, each times its transparency.
+class Drawn(NamedTuple):
+    """Where the particles of frames are and how they are seen: samples or means, the first fields of ``Particles``."""
 
-    The squares have a fixed size, not the learned scale. Carries no gradient.
-    """
-    with torch.no_grad():
-        rows, columns = inside_squares(position, side, image_size, image_size)
-        covered = torch.einsum("nkh,nkw->nhw", rows * transparency.unsqueeze(-1), columns.to(transparency.dtype))
-        return (1 - covered.clamp(0, 1)).unsqueeze(1)
+    position: Float[Tensor, "... k 2"]
+    scale: Float[Tensor, "... k 2"]
+    depth: Float[Tensor, "... k"]
+    transparency: Float[Tensor, "... k"]
 
 
-class Stitched(NamedTuple):
-    """Particles and background composed into images."""
-
-    video: Float[Tensor, "n c h w"]
-    background_mask: Float[Tensor, "n 1 h w"]
-    masks: Float[Tensor, "n k 1 h w"]
-    """What each particle contributes to a pixel; with the background's mask they sum to one."""
-    components: Float[Tensor, "n k c h w"]
+def describe_particles(latents: Particles) -> dict[str, Tensor]:
+    """Two numbers that tell a training gone wrong: how many particles are visible, and how large glimpses are."""
+    return {
+        "visible_particles": latents.transparency.detach().sum(-1).mean(),
+        "glimpse_side": latents.scale.detach().sigmoid().mean(),
+    }
 
 
-def stitch(
-    glimpses: Float[Tensor, "n k 4 s s"],
-    position: Float[Tensor, "n k 2"],
-    scale: Float[Tensor, "n k 2"],
-    depth: Float[Tensor, "n k"],
-    transparency: Float[Tensor, "n k"],
-    background: Float[Tensor, "n c h w"],
-    alpha_noise: float = 0.0,
-) -> Stitched:
-    r"""Paste RGBA glimpses (channel 0 is alpha) over a background, nearer ones (smaller depth) in front.
+def draw_gaussian(gaussian: Gaussian, sample: bool, generator: torch.Generator | None) -> Tensor:
+    """A sample (from torch's global state where ``generator`` is None), or the mean."""
+    return gaussian_sample(*gaussian, generator) if sample else gaussian.mean
 
-    .. math::  a_i = t_i \alpha_i, \quad
-               w_i = \frac{a_i \sigma(-d_i)}{\sum_j a_j \sigma(-d_j) + 10^{-5}}, \quad
-               x = \Big(1 - \sum_i w_i a_i\Big) x_{bg} + \sum_i w_i a_i\, x_i
 
-    ``scale`` is the share of the image's side, after the sigmoid. ``alpha_noise`` is the standard deviation of the
-    noise on alpha in DDLP's noisy stage. Source: DDLP, appendix D.4, figure 18.
-    """
-    canvas = paste_glimpses(glimpses, position, scale, background.shape[-2], background.shape[-1]).clamp(0, 1)
-    alpha, rgb = canvas[:, :, :1], canvas[:, :, 1:]
-    if alpha_noise > 0:
-        alpha = (alpha + alpha_noise * torch.randn_like(alpha)).clamp(0, 1)
-    alpha = alpha * transparency[:, :, None, None, None]
-    importance = alpha * torch.sigmoid(-depth)[:, :, None, None, None]
-    masks = alpha * importance / (importance.sum(1, keepdim=True) + 1e-5)
-    background_share = (1 - masks.sum(1)).clamp_min(0)  # rounding alone could make it negative
-    video = background_share * background + (masks * rgb).sum(1)
-    return Stitched(video, background_share, masks, rgb)
+def draw_attributes(found: Attributes, anchor: Tensor, sample: bool, generator: torch.Generator | None) -> Drawn:
+    """Position, scale, depth and transparency: means, or samples. ``anchor`` is added to the position's mean."""
+    return Drawn(
+        draw_gaussian(Gaussian(anchor + found.position, found.position_log_var), sample, generator),
+        draw_gaussian(Gaussian(found.scale, found.scale_log_var), sample, generator),
+        draw_gaussian(Gaussian(found.depth, found.depth_log_var), sample, generator),
+        beta_sample(found.transparency_a, found.transparency_b, generator) if sample else found.transparency,
+    )
+
+
+def _frame_pieces(latents: Particles) -> list[Particles]:
+    """Batch and time as one axis, in pieces that are rendered at once (one piece where gradients are kept)."""
+    flat = [field.flatten(0, 1).unsqueeze(0) for field in latents]
+    total = flat[0].shape[1]
+    size = total if torch.is_grad_enabled() else FRAMES_AT_ONCE
+    return [Particles(*(field[:, i : i + size] for field in flat)) for i in range(0, total, size)]
+
+
+def logit(value: float) -> float:
+    """log(v / (1 - v)), with the released code's guard."""
+    return float(torch.tensor(value / (1 - value + 1e-5), dtype=torch.float64).log())

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.distributions import Beta, Normal, kl_divergence
 
 from objdyn.layers.spatial import cut_glimpses
-from objdyn.models.ddlp import DDLP, PINT, DDLPConfig, DDLPLatents, PINTBlock, Stage, match_template
+from objdyn.models.ddlp import DDLP, DDLPConfig, match_template
+from objdyn.models.dlp import Particles, Stage
+from objdyn.models.pint import PINT, PINTBlock
 from pipeline.presets import PRESETS
 
 
@@ -148,7 +150,7 @@ def test_score_map_peaks_at_the_displacement(dy: int, dx: int) -> None:
 def test_encoding_follows_no_gradient_through_time() -> None:
     model = build().train()
     video = clip().requires_grad_()
-    posterior = model._infer(video, sample=False, stage=Stage(False, False))
+    posterior = model._track(video, sample=False, stage=Stage(False, False))
     posterior.distribution.attributes.position[:, 3].sum().backward()
     assert video.grad is not None
     assert not video.grad[:, :3].any()
@@ -156,7 +158,7 @@ def test_encoding_follows_no_gradient_through_time() -> None:
 
 
 def test_a_particle_that_is_tracked_keeps_its_anchor_at_its_last_position() -> None:
-    posterior = build()._infer(clip(), sample=False, stage=Stage(False, False))
+    posterior = build()._track(clip(), sample=False, stage=Stage(False, False))
     torch.testing.assert_close(posterior.anchor[:, 1:], posterior.latents.position[:, :-1])
     moved = posterior.anchor + posterior.distribution.attributes.position
     torch.testing.assert_close(posterior.latents.position, moved)
@@ -204,7 +206,7 @@ def test_attention_equals_the_formula() -> None:
     torch.testing.assert_close(block(tokens, 2), expected)
 
 
-def latents_of(model: DDLP, t: int = 5) -> DDLPLatents:
+def latents_of(model: DDLP, t: int = 5) -> Particles:
     with torch.no_grad():
         return model.encode(clip(t))
 
@@ -212,7 +214,7 @@ def latents_of(model: DDLP, t: int = 5) -> DDLPLatents:
 def test_pint_predicts_from_the_past_alone() -> None:
     model = build().eval()
     latents = latents_of(model)
-    changed = DDLPLatents(*(torch.cat([field[:, :3], field[:, 3:] + 1], dim=1) for field in latents))
+    changed = Particles(*(torch.cat([field[:, :3], field[:, 3:] + 1], dim=1) for field in latents))
     before, after = model.pint(latents), model.pint(changed)
     torch.testing.assert_close(before.attributes.position[:, :3], after.attributes.position[:, :3])
     torch.testing.assert_close(before.background.mean[:, :3], after.background.mean[:, :3])
@@ -228,7 +230,7 @@ def test_pint_predicts_changes_but_absolute_transparency() -> None:
         nn.init.zeros_(head.weight)
         nn.init.constant_(head.bias, 0.5)
     torch.manual_seed(0)
-    latents = DDLPLatents(
+    latents = Particles(
         torch.randn(1, 3, 2, 2), torch.randn(1, 3, 2, 2), torch.randn(1, 3, 2), torch.rand(1, 3, 2),
         torch.randn(1, 3, 2, 3), torch.randn(1, 3, 3),
     )  # fmt: skip
@@ -274,7 +276,7 @@ def test_evaluation_loss_equals_its_definition() -> None:
     model = build().eval()
     video = clip()
     loss = model(video)
-    posterior = model._infer(video, sample=False, stage=Stage(False, False))
+    posterior = model._track(video, sample=False, stage=Stage(False, False))
     q, z = posterior.distribution, posterior.latents
     recon = (model.decode(z).video - video).square().sum((1, 2, 3, 4)).mean()
 

@@ -3,7 +3,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from objdyn.models.dlp import (
+from objdyn.layers.particles import (
     BackgroundDecoder,
     BackgroundEncoder,
     GlimpseDecoder,
