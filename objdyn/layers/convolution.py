@@ -1,12 +1,43 @@
-"""Convolution blocks of the particle models: replicate padding, no bias, group normalisation."""
+"""Convolution blocks of the particle models: replicate padding, no bias, group normalisation.
+
+A block is convolution, normalisation, ReLU and perhaps a doubling of the size. Run one layer after the other, each
+leaves a tensor for the backward pass. A ``ConvChain`` runs its blocks shifted by one: a convolution takes in the
+normalisation, ReLU and doubling before it, keeps the one tensor that those started from, and computes them again in
+the backward pass, which costs little beside a convolution. Outputs and gradients are those of the layers in sequence.
+"""
 
 import itertools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
 
 
-class ConvBlock(nn.Sequential):
+class ConvChain(nn.Sequential):
+    """Layers in sequence, as ``nn.Sequential``, of which convolutions with what is before them need less memory.
+
+    Whatever is no convolution, normalisation, ReLU, doubling or chain of these is run as it is.
+    """
+
+    def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+        """The output of the last layer."""
+        waiting: list[nn.Module] = []
+        for layer in _flatten(self):
+            if isinstance(layer, nn.GroupNorm | nn.ReLU | nn.Upsample):
+                waiting.append(layer)
+            elif isinstance(layer, nn.Conv2d) and _fits(layer, waiting):
+                x = _convolve(x, waiting, layer)
+                waiting = []
+            else:
+                x = layer(_run(waiting, x))
+                waiting = []
+        return _run(waiting, x)
+
+
+class ConvBlock(ConvChain):
     """Convolution, GroupNorm, ReLU and, on request, a bilinear doubling of the size.
 
     Replicate padding, no bias; 4 groups (5 where 4 does not divide the channels), eps 1e-4.
@@ -30,7 +61,7 @@ class ConvBlock(nn.Sequential):
         super().__init__(*layers)
 
 
-class PatchCNN(nn.Sequential):
+class PatchCNN(ConvChain):
     """Pairs of blocks, halving the size before every pair but the first, and a 1x1 convolution to ``out_channels``.
 
     With channels (c1, ..., cn) an input of side s gives maps of side s / 2^(n-1).
@@ -62,3 +93,203 @@ def init_convolutions(module: nn.Module, std: float) -> None:
             nn.init.normal_(layer.weight, 0.0, std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+_BEFORE: tuple[list[type], ...] = (
+    [],
+    [nn.ReLU],
+    [nn.GroupNorm, nn.ReLU],
+    [nn.ReLU, nn.Upsample],
+    [nn.GroupNorm, nn.ReLU, nn.Upsample],
+)
+"""Layers that a convolution may take in."""
+
+
+def _flatten(layers: nn.Sequential) -> list[nn.Module]:
+    return [inner for layer in layers for inner in (_flatten(layer) if isinstance(layer, ConvChain) else [layer])]
+
+
+def _run(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _fits(conv: nn.Conv2d, before: Sequence[nn.Module]) -> bool:
+    """Whether ``_ActivatedConv`` can do ``conv`` with the layers before it."""
+    kinds = [type(layer) for layer in before]
+    known = kinds in (
+        [],
+        [nn.GroupNorm, nn.ReLU],
+        [nn.ReLU],
+        [nn.GroupNorm, nn.ReLU, nn.Upsample],
+        [nn.ReLU, nn.Upsample],
+    )
+    square = conv.kernel_size[0] == conv.kernel_size[1] and conv.stride[0] == conv.stride[1]
+    plain = (
+        conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding in ((0, 0), tuple(k // 2 for k in conv.kernel_size))
+    )
+    padded = conv.padding == (0, 0) or conv.padding_mode == "replicate"
+    doubled = nn.Upsample not in kinds or (conv.kernel_size == (3, 3) and conv.stride == (1, 1))
+    return known and square and plain and padded and doubled
+
+
+def _convolve(x: Tensor, before: Sequence[nn.Module], conv: nn.Conv2d) -> Tensor:
+    norm = next((layer for layer in before if isinstance(layer, nn.GroupNorm)), None)
+    doubled = any(isinstance(layer, nn.Upsample) for layer in before)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
+    gamma, beta = (None, None) if norm is None else (norm.weight, norm.bias)
+    shape = _Shape(
+        relu=bool(before),
+        groups=0 if norm is None else norm.num_groups,
+        eps=0.0 if norm is None else norm.eps,
+        doubled=doubled,
+        stride=conv.stride[0],
+        padding=int(conv.padding[0]),
+        dtype=dtype,
+    )
+    return _ActivatedConv.apply(x, gamma, beta, conv.weight, conv.bias, shape)  # type: ignore[no-any-return]
+
+
+class _Shape(NamedTuple):
+    """What ``_ActivatedConv`` computes."""
+
+    relu: bool
+    groups: int
+    """Of the normalisation; 0 where there is none."""
+    eps: float
+    doubled: bool
+    stride: int
+    padding: int
+    dtype: torch.dtype
+    """Of the convolution."""
+
+
+class _ActivatedConv(torch.autograd.Function):
+    """conv(pad(double(relu(norm(x))))), which keeps ``x`` alone for the backward pass.
+
+    A doubled input is not made: a 3x3 convolution of it is four 3x3 convolutions of what it is doubled from, one for
+    each pixel of 2x2, with mixed weights (``_mix``), and replicate padding of either is the same.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        shape: _Shape,
+    ) -> Tensor:
+        x = x.to(shape.dtype)
+        kernel = weight.to(shape.dtype)
+        padded, mean, rstd = _activate(x, gamma, beta, shape)
+        mixed = _mix(kernel) if shape.doubled else kernel
+        offset = None if bias is None else bias.to(shape.dtype)
+        if offset is not None and shape.doubled:
+            offset = offset.repeat(4)
+        out = torch.conv2d(padded, mixed, offset, shape.stride)
+        ctx.shape, ctx.has_bias = shape, bias is not None
+        ctx.save_for_backward(x, gamma, beta, weight, mean, rstd)
+        return _interleave(out) if shape.doubled else out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, gamma, beta, weight, mean, rstd = ctx.saved_tensors
+        shape: _Shape = ctx.shape
+        (grad,) = grads
+        grad = grad.to(shape.dtype)
+        grad = _deinterleave(grad) if shape.doubled else grad.contiguous(memory_format=torch.channels_last)
+        kernel = weight.to(shape.dtype)
+        mixed = _mix(kernel) if shape.doubled else kernel
+        padded, *_ = _activate(x, gamma, beta, shape)
+        sizes = None if not ctx.has_bias else [mixed.shape[0]]
+        wants_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_x, grad_kernel, grad_bias = torch.ops.aten.convolution_backward(
+            grad, padded, mixed, sizes, [shape.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1,
+            [wants_x, True, ctx.has_bias],
+        )  # fmt: skip
+        if shape.doubled:
+            grad_kernel = _unmix(grad_kernel)
+            grad_bias = None if grad_bias is None else grad_bias.view(4, -1).sum(0)
+        grad_gamma = grad_beta = None
+        if wants_x:
+            p = shape.padding
+            if p:
+                inner = padded[..., p:-p, p:-p]
+                grad_x = torch.ops.aten.replication_pad2d_backward(grad_x, x, [p] * 4)
+            else:
+                inner = padded
+            if shape.relu:
+                grad_x = torch.ops.aten.threshold_backward(grad_x, inner, 0)
+            if shape.groups:
+                n, c, h, w = x.shape
+                grad_x, grad_gamma, grad_beta = torch.ops.aten.native_group_norm_backward(
+                    grad_x, x, mean, rstd, _beside(gamma, x), n, c, h * w, shape.groups, [True, True, True]
+                )
+                grad_gamma, grad_beta = grad_gamma.to(gamma.dtype), grad_beta.to(gamma.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
+        return grad_x, grad_gamma, grad_beta, grad_kernel.to(weight.dtype), grad_bias, None
+
+
+def _activate(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, shape: _Shape
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """pad(relu(norm(x))), and the normalisation's statistics."""
+    mean = rstd = None
+    out = x
+    if gamma is not None and beta is not None:
+        n, c, h, w = x.shape
+        out, mean, rstd = torch.native_group_norm(
+            x, _beside(gamma, x), _beside(beta, x), n, c, h * w, shape.groups, shape.eps
+        )
+    if shape.relu:
+        out = out.relu_() if out is not x else out.relu()
+    if shape.padding:
+        out = F.pad(out, [shape.padding] * 4, mode="replicate")
+    return out.contiguous(memory_format=torch.channels_last), mean, rstd
+
+
+def _beside(parameter: Tensor, x: Tensor) -> Tensor:
+    """A normalisation's parameter in a precision that goes with ``x``: a CPU takes fp32 beside bf16, a GPU does not."""
+    return parameter if x.device.type == "cpu" else parameter.to(x.dtype)
+
+
+_DOUBLING = (
+    ((0.75, 0.25, 0.0), (0.25, 0.75, 0.0), (0.0, 0.75, 0.25)),
+    ((0.25, 0.75, 0.0), (0.0, 0.75, 0.25), (0.0, 0.25, 0.75)),
+)
+"""How the three taps of a kernel on a doubled axis read three pixels of the axis itself: for the first and the second of
+two new pixels, one row per tap. A new pixel is 3/4 of the old one it lies in and 1/4 of the one next to it."""
+
+
+def _mix(kernel: Float[Tensor, "o i 3 3"]) -> Float[Tensor, "(2 2 o) i 3 3"]:
+    """The four kernels that give the 2x2 new pixels from the old ones."""
+    taps = torch.tensor(_DOUBLING, dtype=torch.promote_types(kernel.dtype, torch.float32), device=kernel.device)
+    mixed = torch.einsum("oiab,pay,qbx->pqoiyx", kernel.to(taps.dtype), taps, taps)
+    return mixed.flatten(0, 2).to(kernel.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _unmix(gradient: Float[Tensor, "(2 2 o) i 3 3"]) -> Float[Tensor, "o i 3 3"]:
+    """The gradient of the kernel from those of the four: ``_mix`` transposed."""
+    taps = torch.tensor(_DOUBLING, dtype=torch.promote_types(gradient.dtype, torch.float32), device=gradient.device)
+    parts = gradient.to(taps.dtype).unflatten(0, (2, 2, -1))
+    return torch.einsum("pqoiyx,pay,qbx->oiab", parts, taps, taps)
+
+
+def _interleave(parts: Float[Tensor, "n (2 2 c) h w"]) -> Float[Tensor, "n c (h 2) (w 2)"]:
+    """Put the 2x2 new pixels in their places; channels last in memory."""
+    n, c4, h, w = parts.shape
+    out = parts.permute(0, 2, 3, 1).view(n, h, w, 2, 2, c4 // 4).permute(0, 1, 3, 2, 4, 5)
+    return out.reshape(n, 2 * h, 2 * w, c4 // 4).permute(0, 3, 1, 2)
+
+
+def _deinterleave(out: Float[Tensor, "n c (h 2) (w 2)"]) -> Float[Tensor, "n (2 2 c) h w"]:
+    """Undo ``_interleave``."""
+    n, c, h, w = out.shape
+    parts = out.permute(0, 2, 3, 1).reshape(n, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+    return parts.reshape(n, h // 2, w // 2, 4 * c).permute(0, 3, 1, 2)

@@ -18,8 +18,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from objdyn.layers.convolution import MLP, ConvBlock, PatchCNN
+from objdyn.layers.convolution import MLP, ConvBlock, ConvChain, PatchCNN
 from objdyn.layers.spatial import inside_squares, paste_glimpses, spatial_softmax
 
 HIDDEN = 256
@@ -226,7 +227,7 @@ class GlimpseDecoder(nn.Module):
         doublings = log2_exact(glimpse_size) - 3
         widths = [TRUNK_CHANNELS] + [64] * doublings
         blocks = [ConvBlock(a, b, upsample=True) for a, b in itertools.pairwise(widths)]
-        self.net = nn.Sequential(
+        self.net = ConvChain(
             MLP(feature_dim, HIDDEN, HIDDEN, TRUNK_CHANNELS * 8 * 8, final_activation=True),
             nn.Unflatten(-1, (TRUNK_CHANNELS, 8, 8)),
             *blocks,
@@ -256,7 +257,7 @@ class BackgroundDecoder(nn.Module):
         for width in reversed(channels[1:-1]):
             blocks.append(ConvBlock(widest, width, upsample=True))
             widest = width
-        self.net = nn.Sequential(
+        self.net = ConvChain(
             MLP(background_dim, HIDDEN, HIDDEN, TRUNK_CHANNELS * 8 * 8, final_activation=True),
             nn.Unflatten(-1, (TRUNK_CHANNELS, 8, 8)),
             *blocks,
@@ -290,6 +291,56 @@ class Stitched(NamedTuple):
     masks: Float[Tensor, "n k 1 h w"]
     """What each particle contributes to a pixel; with the background's mask they sum to one."""
     components: Float[Tensor, "n k c h w"]
+
+
+COMPOSED_AT_ONCE = 8
+"""Frames that ``compose`` works on together: their canvases should stay in a processor's cache."""
+
+
+def compose(
+    glimpses: Float[Tensor, "n k 4 s s"],
+    position: Float[Tensor, "n k 2"],
+    scale: Float[Tensor, "n k 2"],
+    depth: Float[Tensor, "n k"],
+    transparency: Float[Tensor, "n k"],
+    background: Float[Tensor, "n c h w"],
+    alpha_noise: float = 0.0,
+) -> Float[Tensor, "n c h w"]:
+    """The ``video`` of ``stitch`` without what each particle contributes to it.
+
+    A full canvas per particle would be most of a training step's memory. So a few frames are composed at a time, and in
+    the backward pass again, with the same noise.
+    """
+    inputs = (glimpses, position, scale, depth, transparency, background)
+    wanted = torch.is_grad_enabled() and any(field.requires_grad for field in inputs)
+    pieces = [
+        checkpoint(_compose, *piece, alpha_noise, use_reentrant=False, preserve_rng_state=alpha_noise > 0)
+        if wanted
+        else _compose(*piece, alpha_noise)
+        for piece in zip(*(field.split(COMPOSED_AT_ONCE) for field in inputs), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def _compose(
+    glimpses: Tensor,
+    position: Tensor,
+    scale: Tensor,
+    depth: Tensor,
+    transparency: Tensor,
+    background: Tensor,
+    alpha_noise: float,
+) -> Tensor:
+    canvas = paste_glimpses(glimpses, position, scale, background.shape[-2], background.shape[-1])
+    alpha, rgb = canvas[:, :, 0], canvas[:, :, 1:]
+    if alpha_noise > 0:
+        alpha = (alpha + alpha_noise * torch.randn_like(alpha)).clamp(0, 1)
+    alpha = alpha * transparency[:, :, None, None]
+    importance = alpha * torch.sigmoid(-depth)[:, :, None, None]
+    whole = importance.sum(1, keepdim=True) + 1e-5
+    shares = alpha * importance
+    free = (1 - shares.sum(1, keepdim=True) / whole).clamp_min(0)
+    return free * background + (shares.unsqueeze(2) * rgb).sum(1) / whole
 
 
 def stitch(

@@ -31,8 +31,8 @@ from objdyn.layers.particles import (
     BackgroundEncoder,
     GlimpseDecoder,
     PatchPrior,
-    Stitched,
     background_mask,
+    compose,
     log2_exact,
     stitch,
 )
@@ -262,13 +262,19 @@ class DLP(nn.Module):
         b, t = latents.depth.shape[:2]
         pieces: list[tuple[Tensor, ...]] = []
         for piece in _frame_pieces(latents):
-            stitched = self._stitch(piece, self._decode_glimpses(piece), Stage(False, False))
-            rendered = [stitched.video.clamp(0, 1)]
-            if components:
-                background = self.background_decoder(piece.background.flatten(0, 1))
-                rendered.append(torch.cat([stitched.background_mask.unsqueeze(1), stitched.masks], dim=1))
-                rendered.append(torch.cat([background.unsqueeze(1), stitched.components], dim=1))
-            pieces.append(tuple(rendered))
+            glimpses = self._decode_glimpses(piece)
+            if not components:
+                pieces.append((self._compose(piece, glimpses, Stage(False, False)).clamp(0, 1),))
+                continue
+            background = self.background_decoder(piece.background.flatten(0, 1))
+            stitched = stitch(*_flat(piece, glimpses), background)
+            pieces.append(
+                (
+                    stitched.video.clamp(0, 1),
+                    torch.cat([stitched.background_mask.unsqueeze(1), stitched.masks], dim=1),
+                    torch.cat([background.unsqueeze(1), stitched.components], dim=1),
+                )
+            )
         joined = [torch.cat(part).unflatten(0, (b, t)) for part in zip(*pieces, strict=True)]
         return Scene(*joined)
 
@@ -377,17 +383,10 @@ class DLP(nn.Module):
         features = latents.features
         return self.glimpse_decoder(features.flatten(0, 2)).unflatten(0, features.shape[:3])
 
-    def _stitch(self, latents: Particles, glimpses: Tensor, stage: Stage) -> Stitched:
+    def _compose(self, latents: Particles, glimpses: Tensor, stage: Stage) -> Float[Tensor, "n c h w"]:
         """Compose frames; batch and time are one axis of the result."""
-        return stitch(
-            glimpses.flatten(0, 1),
-            latents.position.flatten(0, 1),
-            latents.scale.sigmoid().flatten(0, 1),
-            latents.depth.flatten(0, 1),
-            latents.transparency.flatten(0, 1),
-            self.background_decoder(latents.background.flatten(0, 1)),
-            alpha_noise=0.1 if stage.noisy else 0.0,
-        )
+        background = self.background_decoder(latents.background.flatten(0, 1))
+        return compose(*_flat(latents, glimpses), background, alpha_noise=0.1 if stage.noisy else 0.0)
 
     # ---- loss terms ----------------------------------------------------------------------------------------------
 
@@ -427,7 +426,7 @@ class DLP(nn.Module):
         glimpses = self._decode_glimpses(posterior.latents)
         if stage.warmup:
             return squared_error(posterior.glimpses.flatten(2, 3), glimpses[:, :, :, 1:].flatten(2, 3))
-        return squared_error(video, self._stitch(posterior.latents, glimpses, stage).video.view_as(video))
+        return squared_error(video, self._compose(posterior.latents, glimpses, stage).view_as(video))
 
     def _stage(self) -> Stage:
         if not self.training:
@@ -475,6 +474,17 @@ def draw_attributes(found: Attributes, anchor: Tensor, sample: bool, generator: 
         draw_gaussian(Gaussian(found.scale, found.scale_log_var), sample, generator),
         draw_gaussian(Gaussian(found.depth, found.depth_log_var), sample, generator),
         beta_sample(found.transparency_a, found.transparency_b, generator) if sample else found.transparency,
+    )
+
+
+def _flat(latents: Particles, glimpses: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``compose`` and ``stitch`` take of the particles, batch and time as one axis."""
+    return (
+        glimpses.flatten(0, 1),
+        latents.position.flatten(0, 1),
+        latents.scale.sigmoid().flatten(0, 1),
+        latents.depth.flatten(0, 1),
+        latents.transparency.flatten(0, 1),
     )
 
 
