@@ -22,8 +22,9 @@ class ConvChain(nn.Sequential):
     Whatever is no convolution, normalisation, ReLU, doubling or chain of these is run as it is.
     """
 
-    def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+    def forward(self, input: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
         """The output of the last layer."""
+        x = input
         waiting: list[nn.Module] = []
         for layer in _flatten(self):
             if isinstance(layer, nn.GroupNorm | nn.ReLU | nn.Upsample):
@@ -132,7 +133,9 @@ def _fits(conv: nn.Conv2d, before: Sequence[nn.Module]) -> bool:
         and conv.padding in ((0, 0), tuple(k // 2 for k in conv.kernel_size))
     )
     padded = conv.padding == (0, 0) or conv.padding_mode == "replicate"
-    doubled = nn.Upsample not in kinds or (conv.kernel_size == (3, 3) and conv.stride == (1, 1))
+    doubled = nn.Upsample not in kinds or (
+        conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == (1, 1)
+    )
     return known and square and plain and padded and doubled
 
 
@@ -151,7 +154,8 @@ def _convolve(x: Tensor, before: Sequence[nn.Module], conv: nn.Conv2d) -> Tensor
         padding=int(conv.padding[0]),
         dtype=dtype,
     )
-    return _ActivatedConv.apply(x, gamma, beta, conv.weight, conv.bias, shape)  # type: ignore[no-any-return]
+    with torch.autocast(device, enabled=False):  # which would widen the padding
+        return _ActivatedConv.apply(x, gamma, beta, conv.weight, conv.bias, shape)  # type: ignore[no-any-return]
 
 
 class _Shape(NamedTuple):
@@ -199,6 +203,11 @@ class _ActivatedConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _ActivatedConv._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, weight, mean, rstd = ctx.saved_tensors
         shape: _Shape = ctx.shape
         (grad,) = grads
@@ -263,7 +272,7 @@ _DOUBLING = (
     ((0.75, 0.25, 0.0), (0.25, 0.75, 0.0), (0.0, 0.75, 0.25)),
     ((0.25, 0.75, 0.0), (0.0, 0.75, 0.25), (0.0, 0.25, 0.75)),
 )
-"""How the three taps of a kernel on a doubled axis read three pixels of the axis itself: for the first and the second of
+"""How three taps of a kernel on a doubled axis read three pixels of the axis itself: for the first and the second of
 two new pixels, one row per tap. A new pixel is 3/4 of the old one it lies in and 1/4 of the one next to it."""
 
 

@@ -12,7 +12,7 @@ parameter counts of the published settings are checked in the tests.
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -313,24 +313,18 @@ def compose(
     """
     inputs = (glimpses, position, scale, depth, transparency, background)
     wanted = torch.is_grad_enabled() and any(field.requires_grad for field in inputs)
-    pieces = [
-        checkpoint(_compose, *piece, alpha_noise, use_reentrant=False, preserve_rng_state=alpha_noise > 0)
-        if wanted
-        else _compose(*piece, alpha_noise)
-        for piece in zip(*(field.split(COMPOSED_AT_ONCE) for field in inputs), strict=True)
-    ]
+    pieces: list[Tensor] = []
+    for piece in zip(*(field.split(COMPOSED_AT_ONCE) for field in inputs), strict=True):
+        if wanted:
+            composed = checkpoint(_compose, piece, alpha_noise, use_reentrant=False, preserve_rng_state=alpha_noise > 0)
+            pieces.append(cast(Tensor, composed))
+        else:
+            pieces.append(_compose(piece, alpha_noise))
     return torch.cat(pieces)
 
 
-def _compose(
-    glimpses: Tensor,
-    position: Tensor,
-    scale: Tensor,
-    depth: Tensor,
-    transparency: Tensor,
-    background: Tensor,
-    alpha_noise: float,
-) -> Tensor:
+def _compose(inputs: Sequence[Tensor], alpha_noise: float) -> Tensor:
+    glimpses, position, scale, depth, transparency, background = inputs
     canvas = paste_glimpses(glimpses, position, scale, background.shape[-2], background.shape[-1])
     alpha, rgb = canvas[:, :, 0], canvas[:, :, 1:]
     if alpha_noise > 0:

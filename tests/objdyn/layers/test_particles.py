@@ -1,18 +1,23 @@
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from objdyn.layers.particles import (
+    COMPOSED_AT_ONCE,
     BackgroundDecoder,
     BackgroundEncoder,
     GlimpseDecoder,
     PatchPrior,
     Stitched,
     background_mask,
+    compose,
     log2_exact,
     stitch,
 )
+from objdyn.layers.spatial import cut_glimpses, paste_glimpses
+from pipeline import textbook_ddlp
 
 
 @pytest.mark.parametrize(("size", "power"), [(1, 0), (8, 3), (64, 6), (1024, 10)])
@@ -107,3 +112,78 @@ def test_invisible_particles_leave_the_background() -> None:
     background = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     result = one_particle(1.0, transparency=0.0).over(background)
     torch.testing.assert_close(result.video, background)
+
+
+def particles(n: int = 3, k: int = 4, spread: float = 0.8) -> list[torch.Tensor]:
+    """Glimpses, position, scale, depth, transparency and a background, which all want a gradient."""
+    g = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=g, dtype=torch.float64)
+
+    fields = (
+        uniform(n, k, 4, 8, 8),
+        spread * (2 * uniform(n, k, 2) - 1),
+        0.1 + 0.4 * uniform(n, k, 2),
+        uniform(n, k) - 0.5,
+        uniform(n, k),
+        uniform(n, 3, 32, 32),
+    )
+    return [field.requires_grad_(True) for field in fields]
+
+
+@pytest.mark.parametrize("n", [1, 8, 19])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_composing_a_few_frames_at_a_time_equals_full_canvases_with_all_gradients(n: int, noise: float) -> None:
+    inputs = particles(n)
+    weights = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def outcome(video: torch.Tensor) -> list[torch.Tensor]:
+        return [video, *torch.autograd.grad((weights * video).sum(), inputs)]
+
+    torch.manual_seed(0)
+    fast = outcome(compose(*inputs, alpha_noise=noise))
+    torch.manual_seed(0)
+    if noise:  # the same draws: noise is drawn a few frames at a time
+        pieces = zip(*(field.split(COMPOSED_AT_ONCE) for field in inputs), strict=True)
+        slow = outcome(torch.cat([textbook_ddlp.stitch(*piece, alpha_noise=noise).video for piece in pieces]))
+    else:
+        slow = outcome(textbook_ddlp.stitch(*inputs).video)
+        torch.testing.assert_close(stitch(*inputs).video, slow[0])
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
+def test_composing_keeps_no_canvas_of_a_particle_for_the_backward_pass() -> None:
+    inputs = particles(16, 6)
+
+    def kept(run: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
+        seen: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            seen[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = run()
+        return sum(seen.values()), out
+
+    canvas = 16 * 6 * 4 * 32 * 32 * 8
+    assert kept(lambda: compose(*inputs))[0] < canvas < kept(lambda: textbook_ddlp.stitch(*inputs).video)[0]
+
+
+def test_background_mask_equals_squares_drawn_one_by_one() -> None:
+    _, position, _, _, transparency, _ = particles(4, 5, spread=1.2)
+    fast = background_mask(position.float(), transparency.float(), 8, 32)
+    torch.testing.assert_close(fast, textbook_ddlp.background_mask(position.float(), transparency.float(), 8, 32))
+
+
+def test_cutting_and_pasting_equal_a_spatial_transformer_of_copies() -> None:
+    glimpses, position, scale, _, _, images = particles(3, 5, spread=1.2)
+    torch.testing.assert_close(
+        cut_glimpses(images, position, scale, 8), textbook_ddlp.cut_glimpses(images, position, scale, 8)
+    )
+    torch.testing.assert_close(
+        paste_glimpses(glimpses, position, scale, 32, 24),
+        textbook_ddlp.paste_glimpses(glimpses, position, scale, 32, 24),
+    )
