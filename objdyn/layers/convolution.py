@@ -190,9 +190,8 @@ class _ActivatedConv(torch.autograd.Function):
         shape: _Shape,
     ) -> Tensor:
         x = x.to(shape.dtype)
-        kernel = weight.to(shape.dtype)
         padded, mean, rstd = _activate(x, gamma, beta, shape)
-        mixed = _mix(kernel) if shape.doubled else kernel
+        mixed = (_mix(weight) if shape.doubled else weight).to(shape.dtype)
         offset = None if bias is None else bias.to(shape.dtype)
         if offset is not None and shape.doubled:
             offset = offset.repeat(4)
@@ -213,8 +212,7 @@ class _ActivatedConv(torch.autograd.Function):
         (grad,) = grads
         grad = grad.to(shape.dtype)
         grad = _deinterleave(grad) if shape.doubled else grad.contiguous(memory_format=torch.channels_last)
-        kernel = weight.to(shape.dtype)
-        mixed = _mix(kernel) if shape.doubled else kernel
+        mixed = (_mix(weight) if shape.doubled else weight).to(shape.dtype)
         padded, *_ = _activate(x, gamma, beta, shape)
         sizes = None if not ctx.has_bias else [mixed.shape[0]]
         wants_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]

@@ -114,7 +114,7 @@ def test_invisible_particles_leave_the_background() -> None:
     torch.testing.assert_close(result.video, background)
 
 
-def particles(n: int = 3, k: int = 4, spread: float = 0.8) -> list[torch.Tensor]:
+def particles(n: int = 3, k: int = 4, spread: float = 0.8) -> tuple[torch.Tensor, ...]:
     """Glimpses, position, scale, depth, transparency and a background, which all want a gradient."""
     g = torch.Generator().manual_seed(0)
 
@@ -129,7 +129,7 @@ def particles(n: int = 3, k: int = 4, spread: float = 0.8) -> list[torch.Tensor]
         uniform(n, k),
         uniform(n, 3, 32, 32),
     )
-    return [field.requires_grad_(True) for field in fields]
+    return tuple(field.requires_grad_(True) for field in fields)
 
 
 @pytest.mark.parametrize("n", [1, 8, 19])
