@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Beta, Normal, kl_divergence
 
+from objdyn import families
 from objdyn.layers.spatial import cut_glimpses
 from objdyn.models.ddlp import DDLP, DDLPConfig, match_template
 from objdyn.models.dlp import Particles, Stage
-from objdyn.models.pint import PINT, PINTBlock
+from objdyn.models.pint import PINT
 from pipeline.presets import PRESETS
 
 
@@ -164,46 +165,55 @@ def test_a_particle_that_is_tracked_keeps_its_anchor_at_its_last_position() -> N
     torch.testing.assert_close(posterior.latents.position, moved)
 
 
+def test_without_tracking_every_frame_is_encoded_as_by_the_image_model() -> None:
+    model, video = build(tracking=False).eval(), clip()
+    with torch.no_grad():
+        whole, last = model.encode(video), model.encode(video[:, -1:])
+        posterior = model._track(video, sample=False, stage=Stage(False, False))
+    assert not families.describe(model.config).tracked
+    assert families.describe(DEBUG).tracked
+    for a, b in zip(whole, last, strict=True):
+        torch.testing.assert_close(a[:, -1:], b, atol=1e-5, rtol=1e-4)
+    assert posterior.proposals.shape[1] == DEBUG.burn_in_frames
+    moved = posterior.anchor + posterior.distribution.attributes.position
+    torch.testing.assert_close(posterior.latents.position, moved)
+    assert not torch.allclose(posterior.anchor[:, 1:], posterior.latents.position[:, :-1])
+
+
+def test_the_ablations_differ_from_balls_in_one_setting_each() -> None:
+    balls = config("balls")
+    assert config("balls-no-tracking") == dataclasses.replace(balls, tracking=False)
+    assert config("balls-no-relative-bias") == dataclasses.replace(balls, pint_position="learned")
+
+
 # ---- PINT --------------------------------------------------------------------------------------------------------
 
 
 def test_relative_bias_depends_on_differences_only_and_is_causal() -> None:
     torch.manual_seed(0)
-    block = PINTBlock(dim=8, heads=2, entities=3, max_frames=4, dropout=0.0)
-    bias = block.bias(4)[0]
-    for t in range(4):
-        for u in range(4):
-            for i in range(3):
-                for j in range(3):
-                    value = bias[:, t * 3 + i, u * 3 + j]
-                    if u > t:
-                        assert torch.isinf(value).all()
-                    else:
-                        expected = block.time_bias[:, 3 + u - t] + block.entity_bias[:, 2 + j - i]
-                        torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(block.bias(2)[0], bias[:, :6, :6])
+    pint = PINT(2, 4, 3, 3, dim=8, layers=2, heads=2, dropout=0.0)
+    biases = pint.biases(4)
+    for layer, block in enumerate(pint.layers):
+        bias = biases[layer, 0]
+        for t in range(4):
+            for u in range(4):
+                for i in range(3):
+                    for j in range(3):
+                        value = bias[:, t * 3 + i, u * 3 + j]
+                        if u > t:
+                            assert torch.isinf(value).all()
+                        else:
+                            expected = block.time_bias[:, 3 + u - t] + block.entity_bias[:, 2 + j - i]
+                            torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(pint.biases(2), biases[:, :, :, :6, :6])
 
 
 def test_biases_start_as_released_unless_asked_otherwise() -> None:
     released, short = build(), build(pint_bias_init_std=1.0, pint_own_bias=4.0)
     for model, std, own in ((released, 0.02, 0.0), (short, 1.0, 4.0)):
-        block = next(iter(model.pint.blocks.children()))
-        assert isinstance(block, PINTBlock)
+        block = model.pint.layers[0]
         assert block.time_bias.std().item() == pytest.approx(std, rel=0.5)
         assert block.entity_bias[:, block.entities - 1].mean().item() == pytest.approx(own, abs=2 * std)
-
-
-def test_attention_equals_the_formula() -> None:
-    torch.manual_seed(0)
-    block = PINTBlock(dim=8, heads=2, entities=3, max_frames=2, dropout=0.0).eval()
-    tokens = torch.randn(1, 6, 8)
-    normed = block.norm_attention(tokens)
-    heads = [net(normed).view(6, 2, 4).transpose(0, 1) for net in (block.query, block.key, block.value)]
-    weights = (heads[0] @ heads[1].transpose(1, 2) / 4**0.5 + block.bias(2)[0]).softmax(-1)
-    mixed = (weights @ heads[2]).transpose(0, 1).reshape(1, 6, 8)
-    expected = tokens + block.out(mixed)
-    expected = expected + block.mlp(block.norm_mlp(expected))
-    torch.testing.assert_close(block(tokens, 2), expected)
 
 
 def latents_of(model: DDLP, t: int = 5) -> Particles:
@@ -342,8 +352,9 @@ def test_stages_follow_the_step(step: int, stage: tuple[bool, bool]) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 3, 5])
-def test_every_parameter_gets_a_gradient_in_every_stage(step: int) -> None:
-    model = build(warmup_steps=3, noisy_steps=2).train()
+@pytest.mark.parametrize("changes", [{}, {"tracking": False}, {"pint_position": "learned"}], ids=str)
+def test_every_parameter_gets_a_gradient_in_every_stage(step: int, changes: dict[str, Any]) -> None:
+    model = build(warmup_steps=3, noisy_steps=2, **changes).train()
     model.step.fill_(step)
     model(clip()).total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
