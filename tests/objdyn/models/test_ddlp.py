@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.distributions import Beta, Normal, kl_divergence
 
 from objdyn import families
+from objdyn.layers import particles
 from objdyn.layers.spatial import cut_glimpses
-from objdyn.models import ddlp
+from objdyn.models import ddlp, dlp
 from objdyn.models.ddlp import DDLP, DDLPConfig, match_template
 from objdyn.models.dlp import Particles, Stage
 from objdyn.models.pint import PINT
@@ -419,3 +420,53 @@ def test_bf16_autocast_gives_nearly_the_same_loss() -> None:
     assert coarse.dtype == torch.float32
     # the reconstruction dominates; bf16 has 8 bits
     torch.testing.assert_close(coarse, exact, rtol=0.01, atol=0)
+
+
+def test_distributions_stay_in_fp32_under_bf16_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*arguments: Any, **named: Any) -> Any:
+            found = original(*arguments, **named)
+            tensors = [x for x in (*arguments, found) if isinstance(x, Tensor)]
+            seen.setdefault(name, set()).update(x.dtype for x in tensors if x.is_floating_point())
+            return found
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner in (ddlp, dlp):
+        watch(owner, "beta_kl")
+        watch(owner, "gaussian_kl")
+    for name in ("gaussian_sample", "beta_sample", "chamfer_kl"):
+        watch(dlp, name)
+    for name in ("digamma", "lgamma"):
+        watch(torch, name)
+    watch(particles, "spatial_softmax")
+    model = build().train()
+    model.step.fill_(100)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(clip())
+    assert set(seen) == {"beta_kl", "gaussian_kl", "gaussian_sample", "beta_sample", "chamfer_kl", "digamma", "lgamma",
+                         "spatial_softmax"}  # fmt: skip
+    assert {name for name, dtypes in seen.items() if dtypes != {torch.float32}} == set()
+    loss.total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("components", [False, True])
+def test_long_futures_are_decoded_a_few_frames_at_a_time(components: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build().eval()
+    with torch.no_grad():
+        latents = latents_of(model, 5)
+        whole = model.decode(latents, components=components)
+        monkeypatch.setattr(dlp, "FRAMES_AT_ONCE", 3)
+        at_once: list[int] = []
+        stitch = dlp.stitch
+        monkeypatch.setattr(dlp, "stitch", lambda *a, **k: at_once.append(len(a[0])) or stitch(*a, **k))
+        pieces = model.decode(latents, components=components)
+    assert at_once == [3, 3, 3, 1]  # 2 clips of 5 frames
+    for a, b in zip(whole, pieces, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
