@@ -320,6 +320,5 @@ class _Matrix:
 
 def _can_pack() -> bool:
     operators = torch.ops.mkldnn
-    return torch.backends.mkldnn.is_available() and all(
-        hasattr(operators, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
-    )
+    usable = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return usable and all(hasattr(operators, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
