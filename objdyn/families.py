@@ -124,14 +124,14 @@ def family_of(config: Any) -> str:
 
 
 def describe(config: Any) -> Family:
-    """The family of a config, with the ``inputs`` that a model of this config needs.
+    """The family of a config, with the ``inputs`` that a model of this config needs, and whether it tracks.
 
     Raises:
         ValueError: no family has such a config.
     """
     family = FAMILIES[family_of(config)]
     needed = {name: field for name, field in family.inputs.items() if not field or getattr(config, field)}
-    return family._replace(inputs=needed)
+    return family._replace(inputs=needed, tracked=family.tracked and getattr(config, "tracking", True))
 
 
 def build(config: Any) -> Any:

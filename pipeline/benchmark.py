@@ -33,7 +33,19 @@ import torch
 from objdyn import clips, families, simulators
 from objdyn.clips import Clip
 from objdyn.simulators import SIMULATORS, Episode, Simulator
-from pipeline import checkpoint, cluster, extract, loop, quickstart, reference, shard, store, tables, textbook
+from pipeline import (
+    checkpoint,
+    cluster,
+    extract,
+    loop,
+    quickstart,
+    reference,
+    reference_ddlp,
+    shard,
+    store,
+    tables,
+    textbook,
+)
 from pipeline.config import BENCHMARK_PARTS, BenchmarkRun, ExtractRun, LoaderConfig, ShardRun, TrainRun, torch_device
 from pipeline.presets import PRESETS
 from pipeline.reader import TrainingReader, iter_clips, open_source
@@ -70,7 +82,7 @@ EXTRACT_PARTS = 5
 ARM_SECONDS = 6.0
 """What one side of a pair should take, so that five pairs stay within minutes."""
 
-REFERENCES = (*reference.REFERENCES, "ssm")
+REFERENCES = ("ddlp", *reference.REFERENCES, "ssm")
 """Families that have a part ``reference``."""
 
 Report = dict[str, Any]
@@ -301,6 +313,8 @@ class _Bench:
     def reference(self) -> Report:
         if self.run.family == "ssm":
             return textbook.measure(self.run.pairs, say)
+        if self.run.family == "ddlp":
+            return reference_ddlp.measure(self.run.steps, self.run.pairs, say)
         return reference.measure(self.run.family, self.run.steps, say)
 
     def _train_run(self) -> TrainRun:
@@ -903,6 +917,12 @@ def _reference_table(family: str, measured: Report) -> list[str]:
             f"reference: forward and backward of {measured['batch']} clips with {measured['objects']} objects, "
             f"{measured['components']} components, fp32, cpu, one thread; beside the equations as they are written",
             *itertools.chain.from_iterable(_align(cells) for cells in textbook.table(measured)),
+        ]
+    if family == "ddlp":
+        return [
+            f"reference: training steps of the main phase with the squared error, cpu, {measured['threads']} threads, "
+            "and a whole rollout, beside the authors' code; fast forms beside the textbook's, fp32, one thread",
+            *itertools.chain.from_iterable(_align(cells) for cells in reference_ddlp.table(measured)),
         ]
     size = f"{measured['size']} pixels, K = {measured['slots']}, R = {measured['refinements']}, fp32"
     return [

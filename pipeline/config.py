@@ -922,7 +922,7 @@ class BenchmarkRun:
     """File or s3:// URL that gets the numbers as JSON; empty only prints them."""
     parts: tuple[BenchmarkPart, ...] = ()
     """What to measure; none given measures everything. ``reference``, the comparison in fixed settings with the
-    authors' code (iodine, provide, oddn) or the textbook's (ssm), is of these families alone."""
+    authors' code (ddlp, iodine, provide, oddn) or the textbook's (ddlp, ssm), is of these families alone."""
     pairs: int = 5
     """Alternating pairs of a stage and the same work bare, and repetitions of the rest; the median is reported."""
     steps: int = 3

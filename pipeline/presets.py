@@ -437,6 +437,15 @@ PRESETS: dict[str, dict[str, TrainRun]] = {
         # 5,000 episodes of 100 frames, batch 32: 80 windows of 21 frames, 90 of 11
         "balls": _ddlp(_BALLS, batch_size=32, steps_per_epoch=12_500, data="sim:balls-interaction"),
         "balls-released": _ddlp(_BALLS_RELEASED, batch_size=32, steps_per_epoch=14_062, data="sim:balls-interaction"),
+        "balls-no-tracking": _ddlp(
+            replace(_BALLS, tracking=False), batch_size=32, steps_per_epoch=12_500, data="sim:balls-interaction"
+        ),
+        "balls-no-relative-bias": _ddlp(
+            replace(_BALLS, pint_position="learned"),
+            batch_size=32,
+            steps_per_epoch=12_500,
+            data="sim:balls-interaction",
+        ),
         # about 2,920 episodes of 100 frames: 90 windows of 11 frames
         "obj3d": _ddlp(_OBJ3D, batch_size=10, steps_per_epoch=26_280),
         "obj3d128": _ddlp(_OBJ3D128, batch_size=4, steps_per_epoch=65_700),
@@ -539,6 +548,8 @@ ABOUT: dict[str, dict[str, str]] = {
         "small": "DDLP on 64-pixel balls; about 30 minutes on 2 cores",
         "balls": "Balls-Interaction as in the paper (10 particles, 20 frames)",
         "balls-released": "Balls-Interaction as in the released settings (6 particles, 10 frames)",
+        "balls-no-tracking": "the paper's ablation of balls: every frame encoded by the single-image model",
+        "balls-no-relative-bias": "the paper's ablation of balls: learned positional embeddings for the relative bias",
         "obj3d": "OBJ3D at 64 pixels",
         "obj3d128": "OBJ3D at 128 pixels",
         "clevrer": "CLEVRER at 128 pixels",

@@ -112,15 +112,18 @@ def measure(family: str, steps: int, say: Callable[[str], None]) -> dict[str, An
 
 
 def measure_step(
-    config: IODINEConfig, batch: int, frames: int, autocast: bool, steps: int, threads: int
+    config: Any, batch: int, frames: int, autocast: bool, steps: int, threads: int, completed: int = 0
 ) -> dict[str, Any]:
     """Cost of training steps in this process, after one that is not counted; its memory counts.
+
+    ``completed`` is the number of steps that a model with schedules has made.
 
     ``increase_bytes`` is the peak above that of the process with model and data, before the first step.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = families.build(config).train()
+    families.set_step(model, completed)
     optimizer = torch.optim.Adam(model.parameters())
     video = torch.rand(batch, frames, 3, config.image_size, config.image_size)
     before = peak_memory()
@@ -163,11 +166,11 @@ def judge(reference: Reference, rows: Mapping[str, Any]) -> dict[str, Any]:
     for name, limit in (("target", reference.most), ("goal", reference.goal)):
         if limit is None:
             continue
-        verdicts[f"CPU s per step, {name}"] = _verdict(cpu, limit.cpu_seconds)
-        verdicts[f"peak memory in GB, {name}"] = _verdict(memory, limit.memory)
+        verdicts[f"CPU s per step, {name}"] = at_most(cpu, limit.cpu_seconds)
+        verdicts[f"peak memory in GB, {name}"] = at_most(memory, limit.memory)
     if reference.cheap_goal is not None:
         cheap = min(rows[name]["cpu_seconds"]["median"] for name in ("strided", "bf16 autocast"))
-        verdicts["CPU s per step, bf16 or strided, goal"] = _verdict(cheap, reference.cheap_goal)
+        verdicts["CPU s per step, bf16 or strided, goal"] = at_most(cheap, reference.cheap_goal)
     return verdicts
 
 
@@ -176,12 +179,13 @@ def judge_growth(growth: Mapping[str, Any]) -> dict[str, Any]:
     pieces = growth["as published"]["pieces"]
     share = growth["recompute"]["per_frame"] / growth["as published"]["per_frame"]
     return {
-        "memory of later frames over that of earlier ones": _verdict(pieces[-1] / pieces[0], STRAIGHT),
-        "memory per frame, recompute over plain": _verdict(share, RECOMPUTED),
+        "memory of later frames over that of earlier ones": at_most(pieces[-1] / pieces[0], STRAIGHT),
+        "memory per frame, recompute over plain": at_most(share, RECOMPUTED),
     }
 
 
-def _verdict(found: float, most: float) -> dict[str, Any]:
+def at_most(found: float, most: float) -> dict[str, Any]:
+    """What was found, what it may be, and whether it is met."""
     return {"found": found, "most": most, "met": found <= most}
 
 
@@ -207,7 +211,7 @@ def table(family: str, report: Mapping[str, Any]) -> list[list[list[str]]]:
             cells.append([name, *values, f"{growth['per_frame'] / 1e9:.3f}", pieces])
         tables.append(cells)
     verdicts = [["", "found", "at most", ""]]
-    for name, verdict in report["verdicts"].items():
-        met = "met" if verdict["met"] else "not met"
-        verdicts.append([name, f"{verdict['found']:.2f}", f"{verdict['most']:.2f}", met])
+    for name, each in report["verdicts"].items():
+        met = "met" if each["met"] else "not met"
+        verdicts.append([name, f"{each['found']:.2f}", f"{each['most']:.2f}", met])
     return [*tables, verdicts]

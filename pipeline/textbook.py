@@ -31,7 +31,7 @@ MOST_MS = {30: 1.5, 100: 8.0}
 LEAST_GAIN = {30: 13.0, 100: 8.0}
 """The same over the loop, which took 19.5 and 64.4 ms where they were set: for slower and for busy machines."""
 LEAST_INFERENCE_GAIN = 1.5
-CALLS = {"dense": 20, "loop": 3, "waves": 1, "direct": 1}
+CALLS = {"dense": 20, "loop": 3}
 """Calls of a form in one measurement, of which the mean counts."""
 
 
@@ -77,7 +77,8 @@ def measure_likelihood(frames: int, pairs: int, batch: int = BATCH, objects: int
 
         return call
 
-    return _compare("dense", of(kalman.log_likelihood), "loop", of(filter_over_frames), pairs)
+    calls = (CALLS["dense"], CALLS["loop"])
+    return compare("dense", of(kalman.log_likelihood), "loop", of(filter_over_frames), pairs, calls)
 
 
 def measure_inference(config: SSMConfig, frames: int, pairs: int, batch: int = BATCH) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def measure_inference(config: SSMConfig, frames: int, pairs: int, batch: int = B
 
         return call
 
-    return _compare("waves", of(network), "direct", of(direct), pairs)
+    return compare("waves", of(network), "direct", of(direct), pairs)
 
 
 def filter_over_frames(model: LGSSM, observations: Float[Tensor, "*batch t p"]) -> Float[Tensor, "*batch"]:
@@ -177,24 +178,42 @@ def judge(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 def table(report: Mapping[str, Any]) -> list[list[list[str]]]:
     """Two tables of cells, headings first: the forms, the targets."""
+    return [forms_table(report["rows"]), verdicts_table(report["verdicts"])]
+
+
+def forms_table(pairs: Mapping[str, Any]) -> list[list[str]]:
+    """Each pair of forms in two rows; the second has how often its CPU time is the first one's."""
     rows = [["", "form", "CPU ms (least - most)", "ms", "CPU ratio (least - most)", "largest difference"]]
-    for name, row in report["rows"].items():
+    for name, row in pairs.items():
         for number, (form, found) in enumerate(row["forms"].items()):
             last = [_show(row["ratio"]), f"{row['difference']:.1e}"] if number else ["", ""]
             rows.append(["" if number else name, form, _show(found["cpu_ms"]), f"{found['ms']['median']:.3g}", *last])
-    verdicts = [["", "found", "target", ""]]
-    for name, verdict in report["verdicts"].items():
+    return rows
+
+
+def verdicts_table(verdicts: Mapping[str, Any]) -> list[list[str]]:
+    """What was found beside what was wanted, at most or at least."""
+    rows = [["", "found", "target", ""]]
+    for name, verdict in verdicts.items():
         target = f"<= {verdict['most']:g}" if "most" in verdict else f">= {verdict['least']:g}"
-        verdicts.append([name, f"{verdict['found']:.2f}", target, "met" if verdict["met"] else "missed"])
-    return [rows, verdicts]
+        rows.append([name, f"{verdict['found']:.2f}", target, "met" if verdict["met"] else "missed"])
+    return rows
 
 
-def _compare(
-    name: str, ours: Callable[[], Tensor], other_name: str, other: Callable[[], Tensor], pairs: int
+def compare(
+    name: str,
+    ours: Callable[[], Tensor],
+    other_name: str,
+    other: Callable[[], Tensor],
+    pairs: int,
+    calls: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:
-    """Both forms' milliseconds, the ratio of their CPU times, and how far their results are apart."""
+    """Both forms' milliseconds, the ratio of their CPU times, and how far their results are apart.
+
+    ``calls`` are those of either form in one measurement.
+    """
     difference = (ours() - other()).abs().max().item()
-    sides = (lambda: _clock(ours, CALLS[name])), (lambda: _clock(other, CALLS[other_name]))
+    sides = (lambda: _clock(ours, calls[0])), (lambda: _clock(other, calls[1]))
     measured = alternate("reference", pairs, *sides)
     forms = dict(zip((name, other_name), zip(*measured, strict=True), strict=True))
     return {

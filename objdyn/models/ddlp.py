@@ -26,6 +26,7 @@ The reconstruction term is the squared error; the perceptual one of the 128-pixe
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +50,19 @@ from objdyn.models.dlp import (
     draw_attributes,
     draw_gaussian,
 )
-from objdyn.models.pint import PINT
+from objdyn.models.pint import PINT, PINTWindow
+
+SCORED_AT_ONCE = 8192
+"""Pixels of glimpses whose score maps are computed together on a CPU, so that their spectra stay in its cache."""
 
 
 @dataclass(frozen=True)
 class DDLPConfig(DLPConfig):
     """Every setting of the video model: the image model's, tracking and PINT."""
 
+    tracking: bool = True
+    """Find a particle where it was in the last frame. False finds the particles of every frame anew, by the image
+    model: the paper's ablation "no tracking" (table 2)."""
     max_frames: int = 20
     """Frames that PINT attends to (T); training clips have up to T + 1."""
     burn_in_frames: int = 4
@@ -71,6 +78,9 @@ class DDLPConfig(DLPConfig):
     pint_bias_init_std: float = 0.02
     """Standard deviation of PINT's relative biases at initialisation; 0.02 as released. Larger ones give each head a
     preference for some time and neighbour from the start, which Adam would need thousands of steps to grow."""
+    pint_position: Literal["relative", "learned"] = "relative"
+    """How PINT knows a token's frame and particle: by the relative biases, or by learned vectors added to the tokens,
+    the paper's ablation "no RPE" (table 2), where ``pint_own_bias`` has no meaning."""
     pint_own_bias: float = 0.0
     """Added at initialisation to a token's bias towards its own particle in all frames; 0 as released."""
     ramp_steps: int = 10_000
@@ -106,6 +116,7 @@ class DDLP(DLP):
             dropout=c.pint_dropout,
             bias_init_std=c.pint_bias_init_std,
             own_bias=c.pint_own_bias,
+            place=c.pint_position,
         )
 
     # ---- the four verbs ------------------------------------------------------------------------------------------
@@ -147,7 +158,7 @@ class DDLP(DLP):
         return Loss(total / frames, terms)
 
     def encode(self, video: Float[Tensor, "b t c h w"], *, generator: torch.Generator | None = None) -> Particles:
-        """Particles of every frame, tracked from the first; clips may have any length.
+        """Particles of every frame, tracked from the first where ``tracking`` is on; clips may have any length.
 
         Causal: a frame's particles do not depend on later frames.
 
@@ -161,18 +172,27 @@ class DDLP(DLP):
     def rollout(self, latents: Particles, horizon: int, *, generator: torch.Generator | None = None) -> Particles:
         """The next ``horizon`` frames, one at a time from the last T (section 4.4).
 
+        Without gradients each step computes only what is new (``PINTWindow``); with gradients, or in training mode,
+        the window is encoded anew each time. Both give the same frames.
+
         Raises:
             ValueError: ``horizon`` is smaller than 1.
         """
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1 frame, got {horizon}")
-        history = latents
+        keep_gradients = torch.is_grad_enabled() or self.training  # training draws dropout anew for every window
+        window = None if keep_gradients else PINTWindow(self.pint, latents, horizon)
+        history = latents.frames(-self.config.max_frames, None)
+        future: list[Particles] = []
         for _ in range(horizon):
-            prior = self.pint(history.frames(-self.config.max_frames, None))
-            last = _later(prior, -1)
+            last = window.predict() if window else _later(self.pint(history), -1)
             new = _draw(last, last.attributes.position, sample=generator is not None, generator=generator)
-            history = Particles(*(torch.cat(pair, dim=1) for pair in zip(history, new, strict=True)))
-        return history.frames(-horizon, None)
+            future.append(new)
+            if window:
+                window.append(new)
+            else:
+                history = _joined([history, new]).frames(-self.config.max_frames, None)
+        return _joined(future)
 
     # ---- inference -----------------------------------------------------------------------------------------------
 
@@ -184,9 +204,12 @@ class DDLP(DLP):
         stage: Stage,
         generator: torch.Generator | None = None,
     ) -> Posterior:
-        """q(z_t | x_t, z_<t) for every frame (sections 4.1 and 4.2, appendix D.3)."""
+        """q(z_t | x_t, z_<t) for every frame (sections 4.1 and 4.2, appendix D.3); without tracking q(z_t | x_t)."""
         c = self.config
         t = video.shape[1]
+        if not c.tracking:
+            found = self._find(video, sample=sample, stage=stage, generator=generator)
+            return found._replace(proposals=found.proposals[:, : c.burn_in_frames])
         proposals = self.prior(video[:, 0]).unsqueeze(1)
         with torch.no_grad():  # only frame 0's proposals become anchors; the others are targets without a gradient
             later = video[:, 1 : c.burn_in_frames]
@@ -273,15 +296,35 @@ def match_template(
     """
     with torch.no_grad(), torch.autocast(window.device.type, enabled=False):
         b, k, _, s, _ = window.shape
-        before, after = s // 2 - 1, s // 2
-        padded = F.pad(window.flatten(0, 1), (before, after, before, after), mode="replicate")
-        kernel = template.flatten(0, 1).clamp(0, 1)
-        product = F.conv2d(padded.flatten(0, 1).unsqueeze(0), kernel, groups=b * k)[0]
-        window_energy = F.avg_pool2d(padded.square().sum(1, keepdim=True), s, stride=1)[:, 0] * (s * s)
-        template_energy = kernel.square().sum((1, 2, 3)).view(-1, 1, 1)
-        score = product / ((window_energy * template_energy + 1e-10).sqrt() + 1e-5)
-        low, high = score.amin((1, 2), keepdim=True), score.amax((1, 2), keepdim=True)
-        return ((score - low) / (high - low + 1e-5)).view(b, k, 1, s, s)
+        windows, templates = window.flatten(0, 1), template.flatten(0, 1)
+        at_once = max(1, SCORED_AT_ONCE // (s * s)) if window.device.type == "cpu" else b * k
+        pieces = zip(windows.split(at_once), templates.split(at_once), strict=True)
+        return torch.cat([_score_maps(*piece) for piece in pieces]).view(b, k, 1, s, s)
+
+
+def _score_maps(window: Float[Tensor, "n c s s"], template: Float[Tensor, "n c s s"]) -> Float[Tensor, "n s s"]:
+    # How products and energies are computed is chosen by CPU milliseconds on one core (AMD EPYC, torch 2.13):
+    #   side, maps     (2S+1)^2 grouped convolutions   those of the S^2 kept   Fourier, fp64   fp32   fp64 in pieces
+    #    8, 200                    17                          2.5                 1.6          1.2        2.3
+    #   16, 192                   350                         27                  19            4.9        7.5
+    #   32, 100                 2,160                        290                  61           15         17
+    # so Fourier at every size, in pieces that stay in a core's cache. Not in fp32: its error is a share of the largest
+    # product, and beside a black background, where the energy is next to nothing, that is as large as a true score.
+    # The energies of all windows are two products with a matrix of ones along a band (a box filter; the same in fp32:
+    # it only sums what is not negative). An average pooling takes 10 times as long at 16 pixels, 60 times at 32.
+    s = window.shape[-1]
+    before, after = s // 2 - 1, s // 2
+    padded = F.pad(window, (before, after, before, after), mode="replicate")
+    kernel = template.clamp(0, 1)
+    spectrum = torch.fft.rfft2(padded.double(), s=(2 * s, 2 * s))
+    spectrum = torch.linalg.vecdot(torch.fft.rfft2(kernel.double(), s=(2 * s, 2 * s)), spectrum, dim=1)
+    product = torch.fft.irfft2(spectrum, s=(2 * s, 2 * s))[:, :s, :s].to(window.dtype)
+    band = window.new_ones(s, 2 * s - 1).triu().tril(s - 1)
+    window_energy = band @ padded.square().sum(1) @ band.T
+    template_energy = kernel.square().sum((1, 2, 3)).view(-1, 1, 1)
+    score = product / ((window_energy * template_energy + 1e-10).sqrt() + 1e-5)
+    low, high = score.amin((1, 2), keepdim=True), score.amax((1, 2), keepdim=True)
+    return (score - low) / (high - low + 1e-5)
 
 
 def _draw(
@@ -294,6 +337,11 @@ def _draw(
         draw_gaussian(distribution.features, sample, generator),
         draw_gaussian(distribution.background, sample, generator),
     )
+
+
+def _joined(pieces: list[Particles]) -> Particles:
+    """Frames one after the other."""
+    return Particles(*(torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True)))
 
 
 def _later(distribution: Distribution, start: int) -> Distribution:

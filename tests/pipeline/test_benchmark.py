@@ -120,7 +120,7 @@ def test_a_preset_of_files_gets_balls_of_its_size(family: str, preset: str, sour
 
 def test_a_family_without_other_code_has_no_reference() -> None:
     with pytest.raises(
-        ValueError, match="ed_lstm has no part 'reference'; only iodine, provide, oddn, ssm are compared"
+        ValueError, match="ed_lstm has no part 'reference'; only ddlp, iodine, provide, oddn, ssm are compared"
     ):
         benchmark.benchmark(BenchmarkRun("ed_lstm", "debug", parts=("reference",)))
     assert "reference" not in benchmark._parts(BenchmarkRun("ed_lstm"))

@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Beta, Normal, kl_divergence
 
+from objdyn import families
+from objdyn.layers import particles
 from objdyn.layers.spatial import cut_glimpses
+from objdyn.models import ddlp, dlp
 from objdyn.models.ddlp import DDLP, DDLPConfig, match_template
 from objdyn.models.dlp import Particles, Stage
-from objdyn.models.pint import PINT, PINTBlock
+from objdyn.models.pint import PINT
 from pipeline.presets import PRESETS
 
 
@@ -137,6 +140,43 @@ def test_score_map_equals_its_definition() -> None:
         torch.testing.assert_close(score[0, k, 0], naive_score_map(window[0, k], template[0, k]), atol=1e-4, rtol=0)
 
 
+def convolved_score_maps(window: Tensor, template: Tensor) -> Tensor:
+    """The released code's way: grouped convolutions for all (2S + 1)^2 displacements, one of them with ones."""
+    b, k, _, s, _ = window.shape
+    padded = F.pad(window.flatten(0, 1), (s, s, s, s), mode="replicate")
+    kernel = template.flatten(0, 1)
+    product = F.conv2d(padded.flatten(0, 1)[None], kernel, groups=b * k)[0]
+    energy = F.conv2d(padded.square().flatten(0, 1)[None], torch.ones_like(kernel), groups=b * k)[0]
+    energy = energy * kernel.square().sum((1, 2, 3)).view(-1, 1, 1)
+    kept = slice(s // 2 + 1, 2 * s + 1 - s // 2)
+    score = (product / ((energy + 1e-10).sqrt() + 1e-5))[:, kept, kept]
+    low, high = score.amin((1, 2), keepdim=True), score.amax((1, 2), keepdim=True)
+    return ((score - low) / (high - low + 1e-5)).view(b, k, 1, s, s)
+
+
+@pytest.mark.parametrize("pieces", [1, 1 << 30], ids=["one by one", "all at once"])
+@pytest.mark.parametrize("side", [8, 16, 32])
+def test_score_maps_equal_the_grouped_convolutions(side: int, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ddlp, "SCORED_AT_ONCE", pieces)
+    generator = torch.Generator().manual_seed(0)
+    window, template = torch.rand(2, 2, 3, 3, side, side, generator=generator, dtype=torch.float64)
+    expected = convolved_score_maps(window, template)
+    torch.testing.assert_close(match_template(window, template), expected, atol=1e-9, rtol=0)
+    coarse = match_template(window.float(), template.float())
+    assert coarse.dtype == torch.float32
+    torch.testing.assert_close(coarse.double(), expected, atol=1e-3, rtol=0)
+
+
+def test_a_ball_before_black_scores_nothing_where_there_is_only_black() -> None:
+    window = torch.zeros(1, 1, 3, 16, 16)
+    window[..., 10:, 10:] = 0.9
+    template = torch.zeros(1, 1, 3, 16, 16)
+    template[..., 4:12, 4:12] = 1.0
+    score = match_template(window, template)
+    torch.testing.assert_close(score, convolved_score_maps(window, template), atol=1e-5, rtol=0)
+    assert score[..., 0, 0].max() < 1e-6  # a window in which nothing is
+
+
 @pytest.mark.parametrize(("dy", "dx"), [(0, 0), (2, -3), (-3, 4)])
 def test_score_map_peaks_at_the_displacement(dy: int, dx: int) -> None:
     scene = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
@@ -164,46 +204,55 @@ def test_a_particle_that_is_tracked_keeps_its_anchor_at_its_last_position() -> N
     torch.testing.assert_close(posterior.latents.position, moved)
 
 
+def test_without_tracking_every_frame_is_encoded_as_by_the_image_model() -> None:
+    model, video = build(tracking=False).eval(), clip()
+    with torch.no_grad():
+        whole, last = model.encode(video), model.encode(video[:, -1:])
+        posterior = model._track(video, sample=False, stage=Stage(False, False))
+    assert not families.describe(model.config).tracked
+    assert families.describe(DEBUG).tracked
+    for a, b in zip(whole, last, strict=True):
+        torch.testing.assert_close(a[:, -1:], b, atol=1e-5, rtol=1e-4)
+    assert posterior.proposals.shape[1] == DEBUG.burn_in_frames
+    moved = posterior.anchor + posterior.distribution.attributes.position
+    torch.testing.assert_close(posterior.latents.position, moved)
+    assert not torch.allclose(posterior.anchor[:, 1:], posterior.latents.position[:, :-1])
+
+
+def test_the_ablations_differ_from_balls_in_one_setting_each() -> None:
+    balls = config("balls")
+    assert config("balls-no-tracking") == dataclasses.replace(balls, tracking=False)
+    assert config("balls-no-relative-bias") == dataclasses.replace(balls, pint_position="learned")
+
+
 # ---- PINT --------------------------------------------------------------------------------------------------------
 
 
 def test_relative_bias_depends_on_differences_only_and_is_causal() -> None:
     torch.manual_seed(0)
-    block = PINTBlock(dim=8, heads=2, entities=3, max_frames=4, dropout=0.0)
-    bias = block.bias(4)[0]
-    for t in range(4):
-        for u in range(4):
-            for i in range(3):
-                for j in range(3):
-                    value = bias[:, t * 3 + i, u * 3 + j]
-                    if u > t:
-                        assert torch.isinf(value).all()
-                    else:
-                        expected = block.time_bias[:, 3 + u - t] + block.entity_bias[:, 2 + j - i]
-                        torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(block.bias(2)[0], bias[:, :6, :6])
+    pint = PINT(2, 4, 3, 3, dim=8, layers=2, heads=2, dropout=0.0)
+    biases = pint.biases(4)
+    for layer, block in enumerate(pint.layers):
+        bias = biases[layer, 0]
+        for t in range(4):
+            for u in range(4):
+                for i in range(3):
+                    for j in range(3):
+                        value = bias[:, t * 3 + i, u * 3 + j]
+                        if u > t:
+                            assert torch.isinf(value).all()
+                        else:
+                            expected = block.time_bias[:, 3 + u - t] + block.entity_bias[:, 2 + j - i]
+                            torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(pint.biases(2), biases[:, :, :, :6, :6])
 
 
 def test_biases_start_as_released_unless_asked_otherwise() -> None:
     released, short = build(), build(pint_bias_init_std=1.0, pint_own_bias=4.0)
     for model, std, own in ((released, 0.02, 0.0), (short, 1.0, 4.0)):
-        block = next(iter(model.pint.blocks.children()))
-        assert isinstance(block, PINTBlock)
+        block = model.pint.layers[0]
         assert block.time_bias.std().item() == pytest.approx(std, rel=0.5)
         assert block.entity_bias[:, block.entities - 1].mean().item() == pytest.approx(own, abs=2 * std)
-
-
-def test_attention_equals_the_formula() -> None:
-    torch.manual_seed(0)
-    block = PINTBlock(dim=8, heads=2, entities=3, max_frames=2, dropout=0.0).eval()
-    tokens = torch.randn(1, 6, 8)
-    normed = block.norm_attention(tokens)
-    heads = [net(normed).view(6, 2, 4).transpose(0, 1) for net in (block.query, block.key, block.value)]
-    weights = (heads[0] @ heads[1].transpose(1, 2) / 4**0.5 + block.bias(2)[0]).softmax(-1)
-    mixed = (weights @ heads[2]).transpose(0, 1).reshape(1, 6, 8)
-    expected = tokens + block.out(mixed)
-    expected = expected + block.mlp(block.norm_mlp(expected))
-    torch.testing.assert_close(block(tokens, 2), expected)
 
 
 def latents_of(model: DDLP, t: int = 5) -> Particles:
@@ -342,8 +391,9 @@ def test_stages_follow_the_step(step: int, stage: tuple[bool, bool]) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 3, 5])
-def test_every_parameter_gets_a_gradient_in_every_stage(step: int) -> None:
-    model = build(warmup_steps=3, noisy_steps=2).train()
+@pytest.mark.parametrize("changes", [{}, {"tracking": False}, {"pint_position": "learned"}], ids=str)
+def test_every_parameter_gets_a_gradient_in_every_stage(step: int, changes: dict[str, Any]) -> None:
+    model = build(warmup_steps=3, noisy_steps=2, **changes).train()
     model.step.fill_(step)
     model(clip()).total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -370,3 +420,53 @@ def test_bf16_autocast_gives_nearly_the_same_loss() -> None:
     assert coarse.dtype == torch.float32
     # the reconstruction dominates; bf16 has 8 bits
     torch.testing.assert_close(coarse, exact, rtol=0.01, atol=0)
+
+
+def test_distributions_stay_in_fp32_under_bf16_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*arguments: Any, **named: Any) -> Any:
+            found = original(*arguments, **named)
+            tensors = [x for x in (*arguments, found) if isinstance(x, Tensor)]
+            seen.setdefault(name, set()).update(x.dtype for x in tensors if x.is_floating_point())
+            return found
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner in (ddlp, dlp):
+        watch(owner, "beta_kl")
+        watch(owner, "gaussian_kl")
+    for name in ("gaussian_sample", "beta_sample", "chamfer_kl"):
+        watch(dlp, name)
+    for name in ("digamma", "lgamma"):
+        watch(torch, name)
+    watch(particles, "spatial_softmax")
+    model = build().train()
+    model.step.fill_(100)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(clip())
+    assert set(seen) == {"beta_kl", "gaussian_kl", "gaussian_sample", "beta_sample", "chamfer_kl", "digamma", "lgamma",
+                         "spatial_softmax"}  # fmt: skip
+    assert {name for name, dtypes in seen.items() if dtypes != {torch.float32}} == set()
+    loss.total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("components", [False, True])
+def test_long_futures_are_decoded_a_few_frames_at_a_time(components: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build().eval()
+    with torch.no_grad():
+        latents = latents_of(model, 5)
+        whole = model.decode(latents, components=components)
+        monkeypatch.setattr(dlp, "FRAMES_AT_ONCE", 3)
+        at_once: list[int] = []
+        stitch = dlp.stitch
+        monkeypatch.setattr(dlp, "stitch", lambda *a, **k: at_once.append(len(a[0])) or stitch(*a, **k))
+        pieces = model.decode(latents, components=components)
+    assert at_once == [3, 3, 3, 1]  # 2 clips of 5 frames
+    for a, b in zip(whole, pieces, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
