@@ -165,7 +165,7 @@ def test_opening_a_run_draws_nothing_from_the_random_state(tmp_path: Path) -> No
 def test_a_run_that_is_meant_to_start_from_another_family_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], preset: str
 ) -> None:
-    monkeypatch.setattr(loop, "_try_one_clip", lambda run: None)
+    monkeypatch.setattr(loop, "_try_one_clip", lambda run, distance: None)
     assert vars(PRESETS["provide"]["small"].model)["conditional_decoder"] == "residual"  # as in debug
     run = dataclasses.replace(PRESETS["provide"][preset], out=str(tmp_path / "run"))
     loop.open_run(run)
@@ -183,7 +183,7 @@ def test_a_run_that_is_meant_to_start_from_another_family_says_so(
 def test_oddn_says_what_it_is_meant_to_start_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loop, "_try_one_clip", lambda run: None)
+    monkeypatch.setattr(loop, "_try_one_clip", lambda run, distance: None)
     loop.open_run(dataclasses.replace(PRESETS["oddn"]["small"], out=str(tmp_path / "run")))
     told = capsys.readouterr().err
     assert told.endswith(": python jobs/train_iodine.py clevrer-small --out START, then --init START\n")
