@@ -1,15 +1,20 @@
 import dataclasses
+import functools
 import os
 import resource
+import runpy
 import subprocess
 import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from objdyn import families
@@ -17,8 +22,19 @@ from objdyn.clips import collate, to_model_input
 from objdyn.layers.perceptual import Network, Trunk
 from objdyn.metrics.perceptual import CHANNELS
 from pipeline import checkpoint, doctor, loop, perceptual, store
-from pipeline.config import DoctorRun, TrainRun, with_overrides
-from pipeline.perceptual import METADATA, SOURCES, digest, note_on, open_distance, read_weights, require
+from pipeline.config import DoctorRun, FetchWeightsRun, TrainRun, with_overrides
+from pipeline.perceptual import (
+    METADATA,
+    SOURCES,
+    Source,
+    Sources,
+    digest,
+    fetch_weights,
+    note_on,
+    open_distance,
+    read_weights,
+    require,
+)
 from pipeline.presets import PRESETS
 from pipeline.reader import iter_clips, open_source
 
@@ -313,3 +329,119 @@ def test_a_checksum_is_told_in_full() -> None:
         stem = sources.trunk.url.rsplit("-", 1)[1].removesuffix(".pth")
         assert sources.trunk.file_sha256.startswith(stem), network  # torchvision's names carry the beginning
     assert perceptual.advice("alexnet").count("alexnet") == 3
+
+
+# ---- fetching ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sources]:
+    """Files as torchvision and LPIPS publish them, with random weights, and how they are known."""
+    folder = tmp_path_factory.mktemp("official")
+    trunk, heads = trunk_of("alexnet"), heads_of("alexnet")
+    classifier = {"classifier.1.weight": torch.zeros(4, 4), "classifier.1.bias": torch.zeros(4)}
+    torch.save(OrderedDict(trunk | classifier), folder / "alexnet-owt-00000000.pth")
+    torch.save(
+        OrderedDict({f"lin{i}.model.1.weight": heads[f"heads.{i}.weight"] for i in range(5)}), folder / "alex.pth"
+    )
+
+    def known(name: str, tensors: dict[str, Tensor]) -> Source:
+        return Source((folder / name).as_uri(), store.sha256_file(str(folder / name)), digest(tensors))
+
+    return folder, Sources(known("alexnet-owt-00000000.pth", trunk), known("alex.pth", heads))
+
+
+def load(file: BinaryIO) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def check_fetched(path: str, monkeypatch: pytest.MonkeyPatch, sources: Sources) -> None:
+    monkeypatch.setitem(SOURCES, "alexnet", sources)
+    found = read_weights([path])["alexnet"]
+    assert found.record["published"] is True
+    tensors = load_file(path)
+    assert set(tensors) == {*trunk_of("alexnet"), *heads_of("alexnet")}  # no classifier
+    assert all(torch.equal(tensors[name], value) for name, value in (trunk_of("alexnet") | heads_of("alexnet")).items())
+
+
+def test_official_files_are_downloaded_and_converted(
+    official: tuple[Path, Sources], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, sources = official
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        served = Sources(*(source._replace(url=address + source.url.rsplit("/", 1)[1]) for source in sources))
+        monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+        out = str(tmp_path / "new" / "alexnet.safetensors")
+        assert fetch_weights(FetchWeightsRun("alexnet", out), load, {"alexnet": served}) == out
+        missing = Sources(served.trunk._replace(url=address + "nothing.pth"), served.heads)
+        with pytest.raises(ValueError, match=r"cannot download http.*nothing.pth .*[Nn]ot found.*give --trunk FILE"):
+            fetch_weights(FetchWeightsRun("alexnet", str(tmp_path / "b")), load, {"alexnet": missing})
+        server.shutdown()
+    assert f"downloading {address}alexnet-owt-00000000.pth" in capsys.readouterr().err
+    check_fetched(out, monkeypatch, sources)
+    assert not (tmp_path / "b").exists()
+
+
+def test_files_that_are_here_already_are_converted_to_the_same_bytes(
+    official: tuple[Path, Sources], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, sources = official
+    paths = {"trunk": str(folder / "alexnet-owt-00000000.pth"), "heads": str(folder / "alex.pth")}
+    for name in ("a", "b"):
+        fetch_weights(FetchWeightsRun("alexnet", str(tmp_path / name), **paths), load, {"alexnet": sources})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    check_fetched(str(tmp_path / "a"), monkeypatch, sources)
+    parts = {
+        "trunk": saved(tmp_path / "t.safetensors", trunk_of("alexnet")),
+        "heads": saved(tmp_path / "h.safetensors", heads_of("alexnet")),
+    }
+    fetch_weights(FetchWeightsRun("alexnet", str(tmp_path / "c"), **parts), load, {"alexnet": sources})
+    check_fetched(str(tmp_path / "c"), monkeypatch, sources)
+
+
+def test_a_file_of_another_checksum_is_refused_before_it_is_loaded(
+    official: tuple[Path, Sources], tmp_path: Path
+) -> None:
+    folder, sources = official
+    loaded: list[BinaryIO] = []
+    whole = (folder / "alexnet-owt-00000000.pth").read_bytes()
+    (tmp_path / "alexnet-owt-00000000.pth").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    run = FetchWeightsRun("alexnet", str(tmp_path / "out"), trunk=str(tmp_path / "alexnet-owt-00000000.pth"))
+    with pytest.raises(ValueError, match=r"has SHA-256 .*, but the official alexnet-owt-00000000.pth has .*damaged"):
+        fetch_weights(run, lambda file: loaded.append(file) or {}, {"alexnet": sources})
+    changed = Sources(sources.trunk._replace(file_sha256="0" * 64), sources.heads)
+    with pytest.raises(ValueError, match=r"file:///.*alexnet-owt-00000000.pth has SHA-256"):
+        fetch_weights(FetchWeightsRun("alexnet", run.out), lambda file: loaded.append(file) or {}, {"alexnet": changed})
+    assert loaded == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_tensors_than_the_published_ones_are_refused(official: tuple[Path, Sources], tmp_path: Path) -> None:
+    _, sources = official
+    run = FetchWeightsRun("alexnet", str(tmp_path / "out"))
+    other = saved(tmp_path / "other.safetensors", trunk_of("alexnet", seed=1))
+    with pytest.raises(ValueError, match=r"other.safetensors does not hold the published trunk"):
+        fetch_weights(dataclasses.replace(run, trunk=other), load, {"alexnet": sources})
+    with pytest.raises(ValueError, match=r"other.safetensors does not hold the published heads"):
+        fetch_weights(dataclasses.replace(run, heads=other), load, {"alexnet": sources})
+    with pytest.raises(ValueError, match=r"--trunk .*nothing is not a file"):
+        fetch_weights(dataclasses.replace(run, trunk=str(tmp_path / "nothing")), load, {"alexnet": sources})
+
+
+@pytest.mark.parametrize("network", ["vgg16", "alexnet"])
+def test_the_job_joins_the_published_trunk_with_the_heads_that_torchmetrics_brings(
+    network: Network, shared: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = shared / "weights" / f"{network}_features.safetensors"
+    if not trunk.is_file():
+        pytest.skip(f"needs the weights of {network}")
+    out = tmp_path / "weights.safetensors"
+    words = ["--network", network, "--trunk", str(trunk), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["jobs/fetch_weights.py", *words])
+    runpy.run_path(str(repository / "jobs" / "fetch_weights.py"), run_name="__main__")
+    found = read_weights([str(out)])[network]
+    assert found.record["published"] is True
+    assert (found.trunk is not None, len(found.heads)) == (True, 5)
