@@ -20,7 +20,7 @@ VGG_LOSS_SCALE = 1e-3
 VGG_SMALLEST = 32
 """Side in pixels that smaller images are enlarged to: pool5 has one value of it."""
 VGG_PIXELS = 8 * 128 * 128
-"""Pixels that go through the network together; bounds the memory. 8 frames of 128 pixels take 0.2 GB."""
+"""Pixels that go through the network together; bounds the memory. 8 frames of 128 pixels take about half a GB."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Taps = Callable[[Tensor, Sequence[int]], Sequence[Tensor]]

@@ -442,9 +442,9 @@ _ED_LSTM_SMALL = replace(
 PRESETS: dict[str, dict[str, TrainRun]] = {
     "ddlp": {
         "debug": _DEBUG,
-        "debug-vgg": replace(_DEBUG, model=replace(_DEBUG.model, recon_loss="vgg", kl_weight=40.0)),
         "quickstart": _QUICKSTART,
         "small": _SMALL,
+        "debug-vgg": replace(_DEBUG, model=replace(_DEBUG.model, recon_loss="vgg", kl_weight=40.0)),
         # 5,000 episodes of 100 frames, batch 32: 80 windows of 21 frames, 90 of 11
         "balls": _ddlp(_BALLS, batch_size=32, steps_per_epoch=12_500, data="sim:balls-interaction"),
         "balls-released": _ddlp(_BALLS_RELEASED, batch_size=32, steps_per_epoch=14_062, data="sim:balls-interaction"),
@@ -546,9 +546,9 @@ PRESETS: dict[str, dict[str, TrainRun]] = {
 ABOUT: dict[str, dict[str, str]] = {
     "ddlp": {
         "debug": "tiny DDLP for tests; seconds",
-        "debug-vgg": "the same with the perceptual loss",
         "quickstart": "DDLP on 64-pixel balls; about 4 minutes on 2 cores",
         "small": "DDLP on 64-pixel balls; about 30 minutes on 2 cores",
+        "debug-vgg": "tiny DDLP with the perceptual loss, for tests",
         "balls": "Balls-Interaction as in the paper (10 particles, 20 frames)",
         "balls-released": "Balls-Interaction as in the released settings (6 particles, 10 frames)",
         "obj3d": "OBJ3D at 64 pixels, perceptual loss",

@@ -23,7 +23,7 @@ class Trunk(nn.Module):
         self.network: Network = network
         self.features = nn.Sequential(*_LAYERS[network]())
 
-    def forward(self, images: Float[Tensor, "n 3 h w"], taps: Sequence[int]) -> list[Float[Tensor, "n ? ? ?"]]:
+    def forward(self, images: Float[Tensor, "n 3 h w"], taps: Sequence[int]) -> list[Float[Tensor, "n _ _ _"]]:
         """What the layers ``taps`` (ascending indices) give, in that order; nothing is computed beyond the last.
 
         ReLUs work in place, so a convolution's own output cannot be had where a ReLU follows.

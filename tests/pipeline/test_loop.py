@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from objdyn import families
 from objdyn.interface import Loss
-from pipeline import benchmark, checkpoint, failpoints, loop
+from pipeline import benchmark, checkpoint, failpoints, loop, store
 from pipeline.config import TrainRun, with_overrides
 from pipeline.presets import ABOUT, PRESETS
 from pipeline.reader import open_source
@@ -101,6 +101,17 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed: Path) -> None:
 def test_a_run_folder_is_not_mixed_with_another_run(undisturbed: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loop.open_run(run_in(undisturbed, **changes))
+
+
+def test_a_setting_that_the_stored_run_did_not_have_yet_counts_as_its_default(
+    undisturbed: Path,
+) -> None:
+    stored = store.read_json(str(undisturbed / "config.json"))
+    assert stored["run"]["model"].pop("recon_loss") == "mse"
+    assert loop.settings_difference(stored, store.read_json(str(undisturbed / "config.json"))) == []
+    stored["run"]["model"]["recon_loss"] = "vgg"
+    (difference,) = loop.settings_difference(stored, store.read_json(str(undisturbed / "config.json")))
+    assert difference == ("run.model.recon_loss", "vgg", "mse")
 
 
 def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
