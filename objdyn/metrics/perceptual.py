@@ -36,7 +36,7 @@ class LPIPS(nn.Module):
         ValueError: the heads are of another network, or hold values that are negative or not finite.
     """
 
-    def __init__(self, trunk: Trunk, heads: Sequence[Float[Tensor, "1 c 1 1"]]) -> None:
+    def __init__(self, trunk: Trunk, heads: Sequence[Float[Tensor, "1 _ 1 1"]]) -> None:
         super().__init__()
         check_heads(trunk.network, heads)
         self.trunk = trunk
