@@ -6,7 +6,7 @@ covers it.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -144,6 +144,21 @@ def set_step(model: torch.nn.Module, step: int) -> None:
     buffer = getattr(model, "step", None)
     if isinstance(buffer, Tensor):
         buffer.fill_(step)
+
+
+def set_perceptual(model: torch.nn.Module, distance: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+    """Give a model that may train with a perceptual distance the one to use; others ignore it.
+
+    ``distance(images, recon)`` takes (..., 3, h, w) in [0, 1] and gives (...): ``losses.vgg_distance`` with a trunk on
+    the model's device. It does not become a part of the model: no parameter, nothing in the state dict.
+
+    Raises:
+        ValueError: ``distance`` is a module, which the model would take for a part of its own; wrap it in a function.
+    """
+    if isinstance(distance, torch.nn.Module):
+        raise ValueError(f"the distance must be a function, not a module, got {type(distance).__name__}; wrap it")
+    if hasattr(model, "perceptual"):
+        model.perceptual = cast(Any, distance)
 
 
 def reconstruct(model: VideoModel[Any], video: Float[Tensor, "b t c h w"], **inputs: Any) -> Scene:

@@ -46,7 +46,16 @@ from pipeline import (
     tables,
     textbook,
 )
-from pipeline.config import BENCHMARK_PARTS, BenchmarkRun, ExtractRun, LoaderConfig, ShardRun, TrainRun, torch_device
+from pipeline.config import (
+    BENCHMARK_PARTS,
+    BenchmarkRun,
+    ExtractRun,
+    LoaderConfig,
+    ShardRun,
+    TrainRun,
+    torch_device,
+    with_overrides,
+)
 from pipeline.presets import PRESETS
 from pipeline.reader import TrainingReader, iter_clips, open_source
 from pipeline.timing import (
@@ -796,7 +805,10 @@ def _preset(run: BenchmarkRun) -> TrainRun:
     presets = PRESETS[run.family]
     if run.preset not in presets:
         raise ValueError(f"{run.family} has no preset {run.preset!r}; choose from {', '.join(presets)}")
-    return presets[run.preset].stage(-1)  # a curriculum's last stage is the model at its full size
+    preset = presets[run.preset].stage(-1)  # a curriculum's last stage is the model at its full size
+    if getattr(preset.model, "recon_loss", "mse") == "vgg":  # measured with squared error, which needs no weights
+        return with_overrides(preset, {"model.recon_loss": "mse"})
+    return preset
 
 
 def _parts(run: BenchmarkRun) -> list[str]:

@@ -283,6 +283,9 @@ class TrainRun:
     not fallen by 1 % for N steps) or min_kl=X (the smoothed kl has fallen below X). The last stage takes the rest."""
     init: str = ""
     """Run folder or checkpoint whose weights a new run starts from; empty draws them."""
+    perceptual_weights: tuple[str, ...] = ()
+    """File with the weights of VGG16, local or s3://, that model.recon_loss=vgg needs; jobs/fetch_weights.py makes it.
+    Its trunk alone is used; their checksum goes into the run."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "clip_frames", "workers", "log_every", "eval_clips", "checkpoint_every", "keep_last"):
@@ -466,7 +469,10 @@ class EvaluateRun:
     """Radius of the objects that "constant velocity with walls" reflects, in pixels of a frame 64 pixels high."""
     report_clips: int = 6
     """Clips drawn in the report: the worst, the median and the best by prediction (where nothing is predicted, by
-    reconstruction), a third each."""
+    reconstruction), a third each; by LPIPS where that is known, else by PSNR."""
+    perceptual_weights: tuple[str, ...] = ()
+    """Files with the weights of LPIPS, local or s3://, as jobs/fetch_weights.py writes them: of VGG16 for lpips, of
+    AlexNet for lpips_alex. Without them there is no LPIPS. Trunk and heads may be two files."""
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -896,6 +902,8 @@ class DoctorRun:
     """Start Ray, or ask every node of the cluster; takes some seconds."""
     train_step: bool = True
     """Run a step of the preset on one or two clips to measure its memory and time."""
+    perceptual_weights: tuple[str, ...] = ()
+    """File with the weights of VGG16, for presets that train with them; without it their steps are tried without."""
 
     def __post_init__(self) -> None:
         for name in ("frames", "stride"):
@@ -1016,6 +1024,22 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
         else:
             flat[prefix + name] = value
     return flat
+
+
+@dataclass(frozen=True)
+class FetchWeightsRun:
+    """The weights of a perceptual network as one safetensors file, from the official ones."""
+
+    network: Literal["vgg16", "alexnet"] = "vgg16"
+    """vgg16 serves the perceptual loss and the LPIPS that DDLP reports; alexnet LPIPS alone."""
+    out: str = ""
+    """File to write, local or s3://; empty is ~/weights/NETWORK.safetensors."""
+    trunk: str = ""
+    """Official file of the network (vgg16-397923af.pth, alexnet-owt-7be5be79.pth) that is here already, or its features
+    as safetensors; empty downloads it."""
+    heads: str = ""
+    """Official file of LPIPS 0.1 (vgg.pth, alex.pth) that is here already, or safetensors; empty takes torchmetrics' or
+    downloads it."""
 
 
 def torch_device(name: str, workers: int = 1) -> torch.device:

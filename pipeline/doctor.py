@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline import cluster, failpoints, machine, store, trial
-from pipeline.config import DoctorRun, ShardRun, TrainRun
+from pipeline.config import DoctorRun, ShardRun, TrainRun, with_overrides
 
 AGENT_PORT = 52365
 """Where a machine's Ray listens for jobs; of two Rays only the first gets it."""
@@ -477,7 +477,7 @@ def check_data(case: Case) -> Iterator[Finding]:
     """Whether the dataset can be read, and whether the preset can train on it."""
     if not case.data:
         return
-    from pipeline import loop
+    from pipeline import loop, perceptual
     from pipeline.reader import has_split, iter_clips, open_source
 
     splits = [split for split in ("train", "val", "test") if split == "train" or has_split(case.data, split)]
@@ -488,11 +488,33 @@ def check_data(case: Case) -> Iterator[Finding]:
             t, h, w, _ = clip.frames.shape
             facts.append(f"{split} {sum(source.shard_sizes)} clips of {t} frames of {h}x{w}")
     yield Finding("ok", "data", f"a clip of each split decodes: {', '.join(facts)}")
-    loop._try_one_clip(dataclasses.replace(case.training, data=case.data))
+    training = dataclasses.replace(_with_weights(case), data=case.data)
+    loop._try_one_clip(training, perceptual.open_distance(training))
     if "val" not in splits:
         text = "there is no split val: nothing is evaluated during training and no checkpoint is the best; shard one"
         yield Finding("warn", "data", text)
     yield Finding("ok", "data", f"{case.run.preset} can train on it")
+
+
+def check_weights(case: Case) -> Iterator[Finding]:
+    """Whether the weights that a preset's perceptual loss needs are there, and the right ones."""
+    from pipeline import perceptual
+
+    if not perceptual.needed(case.training):
+        return
+    if not case.run.perceptual_weights:
+        text = f"{case.run.preset} trains with VGG16, whose weights are not given: {perceptual.advice()}; memory and "
+        yield Finding("warn", "weights", f"{text}hours are estimated without them, which is too little")
+        return
+    try:
+        distance = perceptual.open_distance(_with_weights(case))
+    except ValueError as error:
+        yield Finding("FAIL", "weights", str(error))
+        return
+    if note := perceptual.note_on(distance):
+        yield Finding("warn", "weights", note.removeprefix("note: "))
+        return
+    yield Finding("ok", "weights", f"{', '.join(case.run.perceptual_weights)}: the published ones of VGG16")
 
 
 def check_training(case: Case) -> Iterator[Finding]:
@@ -500,7 +522,8 @@ def check_training(case: Case) -> Iterator[Finding]:
     if not case.run.train_step:
         return
     # Of a curriculum the stage whose steps take most: an upper bound of the time, and the memory that it needs.
-    parts = [case.training.stage(index) for index in range(len(case.training.parsed_stages))]
+    whole = _with_weights(case)
+    parts = [whole.stage(index) for index in range(len(whole.parsed_stages))]
     training = max(parts, key=lambda part: part.micro_batch_size * part.clip_frames)
     training = dataclasses.replace(training, data=case.data or training.data)
     clips, steps, sizes = 0, [], {}
@@ -543,6 +566,7 @@ CHECKS: tuple[Check, ...] = (
     check_hdf5,
     check_source,
     check_data,
+    check_weights,
     check_training,
 )
 
@@ -580,6 +604,18 @@ def _case(run: DoctorRun) -> Case:
         out=store.resolve(run.out or "~/objdyn/runs", "--out"),
         load=os.getloadavg()[0],
     )
+
+
+def _with_weights(case: Case) -> TrainRun:
+    """The preset with the perceptual weights that were given; where it needs some and has none, with squared error."""
+    from pipeline import perceptual
+
+    if not perceptual.needed(case.training):
+        return case.training
+    if case.run.perceptual_weights:
+        paths = tuple(store.resolve(path, perceptual.FLAG) for path in case.run.perceptual_weights)
+        return dataclasses.replace(case.training, perceptual_weights=paths)
+    return with_overrides(case.training, {"model.recon_loss": "mse"})
 
 
 class _Needs(NamedTuple):

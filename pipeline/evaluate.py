@@ -2,9 +2,9 @@
 
 Clips stream through in the manifest's order. A clip is encoded and decoded whole (reconstruction), and from its first
 ``context`` frames the next ``horizon`` are predicted. Metrics are computed per frame and averaged over every frame of
-every clip, those of the baselines on the same frames. A metric that cannot be had is ``null``, with its reason under
-``reasons``. Clips with a true segmentation also get the metrics of ``segments.py``, for any family that has masks, and
-families of binary video those of ``trajectories.py``.
+every clip, those of the baselines on the same frames; LPIPS needs ``perceptual_weights``. A metric that cannot be had
+is ``null``, with its reason under ``reasons``. Clips with a true segmentation also get the metrics of ``segments.py``,
+for any family that has masks, and families of binary video those of ``trajectories.py``.
 
 Which clips are the worst, the median and the best is known only after all of them: those few are then read and encoded
 again for the report.
@@ -22,9 +22,11 @@ from torch import Tensor
 
 from objdyn.clips import Clip, collate, stack_truth, to_frames, to_model_input
 from objdyn.families import FAMILIES, Family, describe
+from objdyn.layers.perceptual import Network
 from objdyn.metrics import position
 from objdyn.metrics.image import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
-from pipeline import segments, store, trajectories
+from objdyn.metrics.perceptual import LPIPS, SMALLEST
+from pipeline import perceptual, segments, store, trajectories
 from pipeline.checkpoint import Loaded, code_revision, load_model, load_weights
 from pipeline.cli import command
 from pipeline.config import EvaluateRun, parse_model_settings, recorded_model_settings, torch_device
@@ -43,6 +45,8 @@ from pipeline.report import (
 
 SCHEMA = 1
 FRAME_METRICS = {"mse": frame_mse, "psnr": frame_psnr, "ssim": frame_ssim}
+LPIPS_KEYS: dict[Network, str] = {"vgg16": "lpips", "alexnet": "lpips_alex"}
+"""Name of LPIPS by its network; VGG16's is the one that DDLP reports."""
 MED_STEPS = 10
 CONVENTIONS: tuple[tuple[position.Convention, str], ...] = (("published", ""), ("corrected", "_corrected"))
 """How MED is computed, and what that adds to its key."""
@@ -129,9 +133,10 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     checkpoint, data = store.resolve(run.checkpoint, "--checkpoint"), store.resolve(run.data, "--data")
     device = torch_device(run.device)
     source = open_source(data, run.split)
+    reasons: dict[str, str] = {}
+    given, lpips = _open_lpips(run, source, device, reasons)
     loaded, changed = open_model(run, checkpoint, device)
     family = describe(loaded.config)
-    reasons: dict[str, str] = {}
     horizon = _horizon(run, source, family, loaded.family, reasons)
     background = _background(data, source, reasons)
     if min(source.height, source.width) < SSIM_WINDOW:
@@ -143,12 +148,14 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     if trajectories.applies(loaded.config):
         batch, limit = run.batch_size, run.limit
         maps = trajectories.fit(loaded.model, family, data, source, batch_size=batch, limit=limit)
-    measured = _measure(run, source, loaded, family, horizon, background, "ssim" not in reasons)
+    measured = _measure(run, source, loaded, family, horizon, background, "ssim" not in reasons, lpips)
     scores, tracks, facts, segmented, found = measured
     if found is not None and isinstance(maps, str):
         maps = trajectories.own_maps(found, maps)
-    ranked_by = "predict_psnr" if horizon else "recon_psnr"
-    choices = choose_clips(scores[ranked_by].mean(axis=1), run.report_clips)
+    kind = "predict" if horizon else "recon"
+    ranked_by = next((f"{kind}_{name}" for name in LPIPS_KEYS.values() if name in lpips), f"{kind}_psnr")
+    higher = 1 if ranked_by.endswith("psnr") else -1
+    choices = choose_clips(higher * scores[ranked_by].mean(axis=1), run.report_clips)
     drawn, notes = _draw(run, source, loaded, family, horizon, choices, measured, maps)
     metrics: dict[str, Any] = {
         "schema": SCHEMA,
@@ -170,6 +177,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         "data": {"clips_in_split": sum(source.shard_sizes), **facts.summary(), **stored},
         "keys": facts.keys,
         "ranked_by": ranked_by,
+        "perceptual": given,
         "drawn": [{"clip": facts.keys[choice.clip], "rank": choice.rank} for choice in choices],
         "std": {},
         "interval95": {},
@@ -222,9 +230,14 @@ def open_model(
 
 
 def summarise_frames(metrics: dict[str, Any], scores: Mapping[str, np.ndarray], reasons: dict[str, str]) -> None:
-    """Add mean, standard deviation over frames, 95 % interval over clips and per-frame curve of every frame metric."""
+    """Add mean, standard deviation over frames, 95 % interval over clips and per-frame curve of every frame metric.
+
+    LPIPS by VGG16 is always told, if only with the reason why there is none; by AlexNet where its weights were given.
+    """
     names = ("recon", "predict", "copy_last_predict", "constant_background_recon", "constant_background_predict")
-    for name, metric in itertools.product(names, FRAME_METRICS):
+    measures = [*FRAME_METRICS, LPIPS_KEYS["vgg16"]]
+    measures += [LPIPS_KEYS["alexnet"]] if "alexnet" in metrics.get("perceptual", {}) else []
+    for name, metric in itertools.product(names, measures):
         key = f"{name}_{metric}"
         if key not in scores:
             blockers = ["background"] * name.startswith("constant") + ["predict"] * name.endswith("predict") + [metric]
@@ -403,6 +416,7 @@ def _measure(
     horizon: int,
     background: np.ndarray | None,
     ssim: bool,
+    lpips: Mapping[str, LPIPS],
 ) -> Measured:
     device = next(loaded.model.parameters()).device
     loaded.model.eval()
@@ -433,6 +447,9 @@ def _measure(
             for metric in wanted:
                 values = FRAME_METRICS[metric](*pair).double().cpu().numpy()
                 parts.setdefault(f"{name}_{metric}", []).append(values)
+        for metric, network in lpips.items():
+            for name, values in _distances(network, video, made, flat, run.context).items():
+                parts.setdefault(f"{name}_{metric}", []).append(values.double().cpu().numpy())
         tracked += _tracks_of(clips, made.latents, made.predicted)
         segmented.append((len(clips), _segment_scores(clips, made, run.context, horizon) if masks else {}))
         if binary:
@@ -446,12 +463,58 @@ def _measure(
     if not done:
         raise ValueError(f"split {run.split!r} of {run.data} has no clips; there is nothing to evaluate")
     scores = {name: np.concatenate(values) for name, values in parts.items()}
-    for metric in wanted:
+    for metric in (*wanted, *lpips):
         # The constant background is scored once over the whole clip; its predicted frames are a part of that.
         if horizon and (whole := scores.get(f"constant_background_recon_{metric}")) is not None:
             scores[f"constant_background_predict_{metric}"] = whole[:, run.context : run.context + horizon]
     joined = _join_tracks(tracked, family, loaded.family)
     return Measured(scores, joined, facts, segments.join(segmented), trajectories.join(found) if binary else None)
+
+
+def _distances(lpips: LPIPS, video: Tensor, made: Made, background: Tensor | None, context: int) -> dict[str, Tensor]:
+    """LPIPS of what the model and the baselines make of a batch; the activations of a still picture are needed once."""
+    whole = {"recon": made.recon}
+    if background is not None:
+        whole["constant_background_recon"] = background[None, None]
+    found = lpips.compare(video, whole)
+    if made.scene is not None:
+        ahead = {"predict": made.scene, "copy_last_predict": video[:, context - 1 : context]}
+        found |= lpips.compare(video[:, context : context + made.scene.shape[1]], ahead)
+    return found
+
+
+def _open_lpips(
+    run: EvaluateRun, source: Source, device: torch.device, reasons: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, LPIPS]]:
+    """What was given of each network, for the record; and LPIPS by its name in the metrics, or a reason without it.
+
+    Raises:
+        ValueError: a file is wrong, or holds other weights than the published ones: LPIPS is defined by them.
+    """
+    paths = [store.resolve(path, perceptual.FLAG) for path in run.perceptual_weights]
+    read = perceptual.read_weights(paths)
+    found: dict[str, LPIPS] = {}
+    for network, metric in LPIPS_KEYS.items():
+        if (weights := read.get(network)) is None:
+            reasons[metric] = f"no weights of {network} were given ({perceptual.FLAG}); {perceptual.advice(network)}"
+            continue
+        if not weights.record["published"]:
+            raise ValueError(
+                f"{', '.join(weights.record['files'])} does not hold the published weights of {network}, and distances "
+                f"by others are not LPIPS; {perceptual.advice(network)}"
+            )
+        missing = "trunk" if weights.trunk is None else "heads"
+        side = min(source.height, source.width)
+        if weights.trunk is None or not weights.heads:
+            reasons[metric] = f"{perceptual.FLAG} lacks the {missing} of {network}; give its file, too"
+        elif side < SMALLEST[network]:
+            size = f"{source.height}x{source.width}"
+            reasons[metric] = (
+                f"LPIPS by {network} needs frames of at least {SMALLEST[network]} pixels a side, these are {size}"
+            )
+        else:
+            found[metric] = LPIPS(weights.trunk, weights.heads).to(device)
+    return {network: weights.record for network, weights in read.items()}, found
 
 
 def _apply(
@@ -673,7 +736,9 @@ def _draw(
         for i, clip in enumerate(clips):
             number = next(numbers)
             drawn[number] = _drawn(loaded.model, clip, made, i, run.context, family)._replace(
-                rank=ranks[number], scores=_scores_of(measured.scores, number)
+                rank=ranks[number],
+                scores=_scores_of(measured.scores, number),
+                predicted_scores=_predicted_scores_of(measured.scores, number),
             )
             if measured.found is not None:
                 tracks = trajectories.clip_tracks(measured.found, maps, number, run.context)
@@ -709,6 +774,13 @@ def _scores_of(scores: Scores, number: int) -> dict[str, float]:
         "recon_psnr": "reconstruction",
     }
     return {label: float(scores[name][number].mean()) for name, label in labels.items() if name in scores}
+
+
+def _predicted_scores_of(scores: Scores, number: int) -> dict[str, tuple[float, ...]]:
+    """Of each predicted frame."""
+    labels = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "lpips_alex": "LPIPS by AlexNet"}
+    keys = {label: f"predict_{name}" for name, label in labels.items()}
+    return {label: tuple(map(float, scores[key][number])) for label, key in keys.items() if key in scores}
 
 
 def _drawn(model: Any, clip: Clip, made: Made, i: int, context: int, family: Family) -> ReportClip:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from objdyn import clips, families
 from objdyn.metrics import segmentation
-from pipeline import checkpoint, failpoints, store
+from pipeline import checkpoint, failpoints, perceptual, store
 from pipeline.config import (
     Stage,
     TrainRun,
@@ -90,11 +90,14 @@ def open_run(run: TrainRun) -> TrainRun:
 
     Raises:
         ValueError: the data do not fit; or the folder holds a run and ``resume`` was not asked for, or holds none and
-            it was; or the stored run has other settings; or the folder is not empty and not a run; or the weights to
-            start from do not fit.
+            it was; or the stored run has other settings or other perceptual weights; or the folder is not empty and not
+            a run; or the weights to start from do not fit; or perceptual ones are missing or wrong.
     """
     if run.resume and not run.out:
         raise ValueError("--resume needs --out, the folder of the run to continue")
+    perceptual.require(run)
+    weights = tuple(store.resolve(path, perceptual.FLAG) for path in run.perceptual_weights)
+    run = dataclasses.replace(run, perceptual_weights=weights)
     run = dataclasses.replace(run, data=store.resolve(run.data, "--data"), stages=_resolve_stages(run))
     if run.init:
         run = dataclasses.replace(run, init=store.resolve(run.init, "--init"))
@@ -121,7 +124,7 @@ def open_run(run: TrainRun) -> TrainRun:
     before = store.read_json(path)
     if (start := before.get("init")) and run.init and f"{start['checkpoint']}/".startswith(f"{run.init}/"):
         run = dataclasses.replace(run, init=start["checkpoint"])  # of the run folder given, wherever that is by now
-    stored = _stored(run, start)
+    stored = _stored(run, start, perceptual.open_distance(run))
     if difference := _difference(before, stored):
         raise ValueError(f"{out} was started with other settings: {difference}; repeat them, or choose another --out")
     _refuse_other_annealing(run, before["run"]["steps"])
@@ -229,6 +232,12 @@ class _Training:
                 f"{run.out} was trained on dataset {saved.state['dataset_id']}, but {self.part.data} is "
                 f"{self.source.id}; give the same data, or choose another --out"
             )
+        self.distance = perceptual.open_distance(run, device)
+        if self.distance and not _same_weights(self.distance, store.read_json(store.join(run.out, "config.json"))):
+            raise ValueError(
+                f"{', '.join(run.perceptual_weights)} has changed since {run.out} was opened with it; restore it, or "
+                "choose another --out"
+            )
         torch.manual_seed(run.seed)
         self._build()
         if saved is not None:
@@ -329,6 +338,7 @@ class _Training:
     def _build(self) -> None:
         optim = self.part.optim
         self.model = families.build(self.part.model).to(self.device)
+        families.set_perceptual(self.model, self.distance and self.distance.distance)
         self.factors, groups = _parameter_groups(self.model, self.part)
         self.optimizer = torch.optim.Adam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
@@ -404,6 +414,8 @@ class _Training:
             state["stage"] = dataclasses.asdict(self.clock)
         if self.start is not None:
             state["init"] = self.start
+        if self.distance is not None:
+            state["perceptual"] = self.distance.record
         return state
 
 
@@ -705,15 +717,17 @@ def _listed(names: Sequence[str]) -> str:
 def _try(run: TrainRun) -> tuple[TrainRun, dict[str, Any]]:
     """Try what a new run needs; return the run with the checkpoint that it starts from, and what is stored of it."""
     start = None
+    distance = perceptual.open_distance(run)
     if run.init:
         weights = checkpoint.load_weights(run.init)
         run = dataclasses.replace(run, init=weights.path)
         with torch.random.fork_rng(devices=[]):
             start = _start_from(run, families.build(run.stage(0).model), weights)
-    _try_one_clip(run)
-    if note := _note_on_start(run):
-        print(note, file=sys.stderr, flush=True)
-    return run, _stored(run, start)
+    _try_one_clip(run, distance)
+    for note in (_note_on_start(run), perceptual.note_on(distance)):
+        if note:
+            print(note, file=sys.stderr, flush=True)
+    return run, _stored(run, start, distance)
 
 
 def _note_on_start(run: TrainRun) -> str:
@@ -760,7 +774,12 @@ def _start_from(run: TrainRun, model: nn.Module, weights: checkpoint.Weights | N
     return start
 
 
-def _try_one_clip(run: TrainRun) -> None:
+def _same_weights(distance: perceptual.Distance, stored: Mapping[str, Any]) -> bool:
+    """Whether a run's ``config.json`` was written with these perceptual weights."""
+    return stored.get("perceptual", {}).get("trunk_sha256") == distance.record["trunk_sha256"]
+
+
+def _try_one_clip(run: TrainRun, distance: perceptual.Distance | None) -> None:
     """Put the first clip of each split through a fresh model of each stage, which raises where they do not fit."""
     tried: dict[str, Mapping[str, Any]] = {}
     for index, stage in enumerate(run.parsed_stages):
@@ -769,7 +788,7 @@ def _try_one_clip(run: TrainRun) -> None:
         try:
             _require_same_weights(run, stage)
             if what not in tried:
-                tried[what] = _terms_of_one_clip(part)
+                tried[what] = _terms_of_one_clip(part, distance)
             if stage.min_kl is not None and "kl" not in tried[what]:
                 raise ValueError(f"min_kl watches the loss term kl, but the model's are {', '.join(tried[what])}")
         except ValueError as error:
@@ -810,10 +829,11 @@ def _changed_weight(run: TrainRun, settings: Mapping[str, Any]) -> str | None:
     return next((f"{name} from {before.get(name)} to {after.get(name)}" for name in differ), None)
 
 
-def _terms_of_one_clip(run: TrainRun) -> dict[str, Tensor]:
+def _terms_of_one_clip(run: TrainRun, distance: perceptual.Distance | None) -> dict[str, Tensor]:
     """The loss terms of the first clip of each split; raises where data and model do not fit."""
     with torch.random.fork_rng(devices=[]):
         model = families.build(run.model)
+    families.set_perceptual(model, distance and distance.distance)
     _parameter_groups(model, run)
     names = families.describe(run.model).inputs
     terms: dict[str, Tensor] = {}
@@ -883,20 +903,25 @@ def _summary_writer(folder: str, step: int) -> Any:
     return SummaryWriter(folder, purge_step=step + 1)
 
 
-def _stored(run: TrainRun, start: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What ``config.json`` holds: the run without its --resume flag, and the weights that it started from."""
+def _stored(
+    run: TrainRun, start: Mapping[str, Any] | None = None, distance: perceptual.Distance | None = None
+) -> dict[str, Any]:
+    """What ``config.json`` holds: the run without its --resume flag, the weights that it started from, and which ones
+    its perceptual loss has."""
     stored = {
         "family": families.family_of(run.model),
         "run": checkpoint.config_to_json(dataclasses.replace(run, resume=False)),
     }
-    return {**stored, "init": dict(start)} if start else stored
+    stored |= {"init": dict(start)} if start else {}
+    return {**stored, "perceptual": distance.record} if distance else stored
 
 
 FREE_TO_CHANGE = {
-    "data", "out", "resume", "steps", "workers", "threads", "device",
+    "data", "out", "resume", "steps", "workers", "threads", "device", "perceptual_weights",
     "log_every", "eval_every", "eval_clips", "checkpoint_every", "keep_last", "loader.prefetch", "loader.cache_gb",
 }  # fmt: skip
-"""Fields of a run that may differ when it is resumed; the dataset is compared by its id instead of its path."""
+"""Fields of a run that may differ when it is resumed; the dataset is compared by its id instead of its path, perceptual
+weights by their checksum."""
 
 
 def settings_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -905,7 +930,9 @@ def settings_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
     A setting that an older version did not store has its default. A stage's data, like the run's, are compared by the
     dataset's id when the run goes on, not by their path.
     """
-    defaults = flatten_settings({"run": {**checkpoint.config_to_json(TrainRun()), "model": {}}})
+    family = families.FAMILIES.get(after.get("family", ""))
+    model = checkpoint.config_to_json(family.config()) if family else {}
+    defaults = flatten_settings({"run": {**checkpoint.config_to_json(TrainRun()), "model": model}})
     old, new = ({**defaults, **flatten_settings(settings)} for settings in (before, after))
     for settings in (old, new):
         stages = settings.get("run.stages") or ()
@@ -915,7 +942,9 @@ def settings_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
     return [
         (name, old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())
-        if name.removeprefix("run.") not in FREE_TO_CHANGE and old.get(name) != new.get(name)
+        if name.removeprefix("run.") not in FREE_TO_CHANGE
+        and not name.startswith("perceptual.files.")
+        and old.get(name) != new.get(name)
     ]
 
 
@@ -946,11 +975,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="run folder")
     parser.add_argument("--steps", type=int, help="optimiser steps")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--perceptual-weights", nargs="+", metavar="FILE", help="for model.recon_loss=vgg")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any setting, optim.lr=3e-4")
     arguments = parser.parse_args(words)
     given = {name: getattr(arguments, name) for name in ("data", "out", "steps", "seed")}
     overrides = {name: value for name, value in given.items() if value is not None}
+    overrides |= {"perceptual_weights": tuple(arguments.perceptual_weights)} if arguments.perceptual_weights else {}
     try:
         preset = names[arguments.preset]
         overrides |= {"resume": arguments.resume} | parse_settings(arguments.set, preset)

@@ -2,8 +2,8 @@
 
 ``debug`` takes seconds and is for tests; ``quickstart`` and ``small`` learn on two CPU cores; the others are the
 published settings. The papers count in epochs over every start offset of every episode; here they are converted to
-optimiser steps, the conversion beside each. The published 128-pixel runs train with a perceptual loss, which is not
-implemented yet: those presets carry its KL weight and are for building the published sizes.
+optimiser steps, the conversion beside each. Presets with the perceptual loss (``recon_loss="vgg"``) need
+``--perceptual-weights``, a file that ``jobs/fetch_weights.py`` makes.
 """
 
 from dataclasses import replace
@@ -50,7 +50,15 @@ _WIDE = (32, 64, 128, 256)
 
 _BALLS_RELEASED = DDLPConfig(num_particles=6, num_proposals=12, max_frames=10, kl_weight=0.1)
 _BALLS = replace(_BALLS_RELEASED, num_particles=10, max_frames=20)
-_OBJ3D = DDLPConfig(num_particles=8, num_proposals=16, feature_dim=10, background_dim=10, max_frames=10, kl_weight=30.0)
+_OBJ3D = DDLPConfig(
+    num_particles=8,
+    num_proposals=16,
+    feature_dim=10,
+    background_dim=10,
+    max_frames=10,
+    kl_weight=30.0,
+    recon_loss="vgg",
+)
 _OBJ3D128 = DDLPConfig(
     image_size=128,
     patch_size=16,
@@ -60,6 +68,7 @@ _OBJ3D128 = DDLPConfig(
     background_dim=8,
     encoder_channels=_WIDE,
     max_frames=10,
+    recon_loss="vgg",
     kl_weight=100.0,
 )
 _CLEVRER = replace(_OBJ3D128, max_frames=20)
@@ -72,6 +81,7 @@ _PHYRE_RELEASED = replace(
     background_dim=4,
     max_frames=15,
     pint_dim=512,
+    recon_loss="mse",
     kl_weight=0.15,
 )
 _PHYRE = replace(_PHYRE_RELEASED, max_frames=20)
@@ -434,6 +444,7 @@ PRESETS: dict[str, dict[str, TrainRun]] = {
         "debug": _DEBUG,
         "quickstart": _QUICKSTART,
         "small": _SMALL,
+        "debug-vgg": replace(_DEBUG, model=replace(_DEBUG.model, recon_loss="vgg", kl_weight=40.0)),
         # 5,000 episodes of 100 frames, batch 32: 80 windows of 21 frames, 90 of 11
         "balls": _ddlp(_BALLS, batch_size=32, steps_per_epoch=12_500, data="sim:balls-interaction"),
         "balls-released": _ddlp(_BALLS_RELEASED, batch_size=32, steps_per_epoch=14_062, data="sim:balls-interaction"),
@@ -546,16 +557,17 @@ ABOUT: dict[str, dict[str, str]] = {
         "debug": "tiny DDLP for tests; seconds",
         "quickstart": "DDLP on 64-pixel balls; about 4 minutes on 2 cores",
         "small": "DDLP on 64-pixel balls; about 30 minutes on 2 cores",
+        "debug-vgg": "tiny DDLP with the perceptual loss, for tests",
         "balls": "Balls-Interaction as in the paper (10 particles, 20 frames)",
         "balls-released": "Balls-Interaction as in the released settings (6 particles, 10 frames)",
         "balls-no-tracking": "the paper's ablation of balls: every frame encoded by the single-image model",
         "balls-no-relative-bias": "the paper's ablation of balls: learned positional embeddings for the relative bias",
-        "obj3d": "OBJ3D at 64 pixels",
-        "obj3d128": "OBJ3D at 128 pixels",
-        "clevrer": "CLEVRER at 128 pixels",
+        "obj3d": "OBJ3D at 64 pixels, perceptual loss",
+        "obj3d128": "OBJ3D at 128 pixels, perceptual loss",
+        "clevrer": "CLEVRER at 128 pixels, perceptual loss",
         "phyre": "PHYRE at 128 pixels, the paper's 20 frames",
         "phyre-released": "PHYRE at 128 pixels, the released 15 frames",
-        "traffic": "Traffic at 128 pixels",
+        "traffic": "Traffic at 128 pixels, perceptual loss",
     },
     "iodine": {
         "debug": "tiny IODINE for tests; seconds",

@@ -10,7 +10,7 @@ and taken inside a pair. With gradients means forward and backward to inputs and
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,16 +20,11 @@ from objdyn import families
 from objdyn.layers import particles, spatial
 from objdyn.models.ddlp import DDLP, DDLPConfig, match_template
 from objdyn.models.dlp import Particles
-from pipeline import textbook_pint
+from pipeline import textbook_ddlp, textbook_pint
 from pipeline.presets import PRESETS
 from pipeline.reference import THREADS, Figures, at_most, measure_step
 from pipeline.textbook import compare, forms_table, verdicts_table
 from pipeline.timing import in_child, repeat, spread
-
-try:
-    from pipeline import textbook_ddlp  # pyright: ignore[reportAttributeAccessIssue]
-except ImportError:
-    textbook_ddlp: Any = None
 
 MAIN_PHASE = 1_000_000_000
 """A step after every schedule."""
@@ -90,11 +85,7 @@ def measure(steps: int, pairs: int, say: Callable[[str], None]) -> dict[str, Any
 
 def config_of(preset: str) -> DDLPConfig:
     """A preset's model with the squared error, in which the authors' code was measured."""
-    config = cast(DDLPConfig, PRESETS["ddlp"][preset].model)
-    squared = {"recon_loss": "mse"}
-    return replace(
-        config, **{name: value for name, value in squared.items() if name in {f.name for f in fields(config)}}
-    )
+    return replace(cast(DDLPConfig, PRESETS["ddlp"][preset].model), recon_loss="mse")
 
 
 def measure_rollout(config: DDLPConfig, context: int, horizon: int, times: int, threads: int) -> dict[str, Any]:
@@ -168,7 +159,7 @@ def _stitch(model: DDLP, shrink: Shrink) -> Calls:
     glimpses, position, scale, depth, transparency, background = leaves
     arguments = (glimpses, position, scale, depth, transparency, background)
     return (
-        _with_gradients(lambda: particles.stitch(*arguments).video, leaves),
+        _with_gradients(lambda: particles.compose(*arguments), leaves),
         _with_gradients(lambda: textbook_ddlp.stitch(*arguments).video, leaves),
     )
 
@@ -258,8 +249,6 @@ FORMS: dict[str, Callable[[DDLP, Shrink], Calls]] = {
     "appearance of 4 clips x 11 frames, with gradients": _appearance,
 }
 """By name, what each optimisation is measured on."""
-if textbook_ddlp is None:
-    FORMS = {name: form for name, form in FORMS.items() if form not in (_blocks, _stitch, _cut, _masks)}
 
 
 def judge(rows: Mapping[str, Any], rollout: Mapping[str, Any]) -> dict[str, Any]:

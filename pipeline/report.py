@@ -41,9 +41,13 @@ METRICS = (
     ("Reconstruction", "recon_psnr", "PSNR", "dB", True, ".2f"),
     ("Reconstruction", "recon_ssim", "SSIM", "", True, ".3f"),
     ("Reconstruction", "recon_mse", "MSE", "", False, "#.3g"),
+    ("Reconstruction", "recon_lpips", "LPIPS", "", False, ".3f"),
+    ("Reconstruction", "recon_lpips_alex", "LPIPS by AlexNet", "", False, ".3f"),
     ("Prediction", "predict_psnr", "PSNR", "dB", True, ".2f"),
     ("Prediction", "predict_ssim", "SSIM", "", True, ".3f"),
     ("Prediction", "predict_mse", "MSE", "", False, "#.3g"),
+    ("Prediction", "predict_lpips", "LPIPS", "", False, ".3f"),
+    ("Prediction", "predict_lpips_alex", "LPIPS by AlexNet", "", False, ".3f"),
     ("Positions", "med10", "MED10", "", False, ".3f"),
     ("Positions", "med10_corrected", "MED10, half pixel corrected", "", False, ".3f"),
     ("Positions", "coverage_3px", "objects within 3 px of a particle", "%", True, ".1f"),
@@ -72,6 +76,8 @@ STEP_PLOTS = (
     ("predict_psnr", "PSNR (higher is better)", "dB"),
     ("predict_ssim", "SSIM (higher is better)", ""),
     ("predict_mse", "MSE (lower is better)", ""),
+    ("predict_lpips", "LPIPS (lower is better)", ""),
+    ("predict_lpips_alex", "LPIPS by AlexNet (lower is better)", ""),
     ("position_error", "Position error (lower is better)", "share of the frame's side"),
     ("predict_error_px", "Position error up to one affine map (lower is better)", "pixels"),
     ("predict_nll_frame", "Negative log-likelihood (lower is better)", "nats per frame"),
@@ -81,15 +87,30 @@ STEP_PLOTS = (
 STEP_TABLE = (
     ("predict_psnr", "PSNR", "dB", True, ".2f"),
     ("predict_mse", "MSE", "", False, "#.3g"),
+    ("predict_lpips", "LPIPS", "", False, ".3f"),
     ("position_error", "Position error", "share of the frame's side", False, ".3f"),
     ("predict_error_px", "Position error up to one affine map", "pixels", False, ".2f"),
     ("predict_fg_ari", "Foreground ARI", "", True, ".3f"),
 )
 STEP_VERDICTS = (
     ("predict_psnr", "PSNR", True),
+    ("predict_lpips", "LPIPS", False),
     ("position_error", "Position error", False),
     ("predict_error_px", "Position error up to one affine map", False),
 )
+RANKED_BY = {
+    "predict_psnr": "the PSNR of the prediction",
+    "predict_lpips": "the LPIPS of the prediction",
+    "predict_lpips_alex": "the LPIPS by AlexNet of the prediction",
+    "recon_psnr": "the PSNR of the reconstruction",
+    "recon_lpips": "the LPIPS of the reconstruction",
+    "recon_lpips_alex": "the LPIPS by AlexNet of the reconstruction",
+}
+GALLERY_RANKS = ("best", "median", "worst", "")
+GALLERY_SIDE = 112
+"""Pixels of a small picture's side, about."""
+FULL_ERROR = 0.5
+"""Mean error of a pixel, as a share of the range of values, that is drawn black."""
 LOOKS = {
     "brightness": "mean value of a clip's pixels, 0 black to 1 white",
     "contrast": "standard deviation inside a frame",
@@ -195,6 +216,8 @@ class ReportClip(NamedTuple):
     tracks: ClipTracks | None = None
     scores: Mapping[str, float | None] = {}
     """Decibels of PSNR by what was measured; shown beside the clip."""
+    predicted_scores: Mapping[str, Sequence[float]] = {}
+    """Of each frame of ``prediction``, by the metric's name: PSNR in dB, SSIM, LPIPS."""
     rank: str = ""
     """``worst, 1st of 200`` for example."""
     source: str = ""
@@ -247,6 +270,8 @@ def write_report(
         shown = trajectory_report.trajectories(metrics, clips, latent_tracks or {})
         sections.append(Section("Trajectories", shown))
         notes = [*metrics.get("warnings", ()), *notes]
+    if shown := gallery(clips, metrics):
+        sections.append(Section("Gallery", shown))
     if clips:
         sections.append(Section("Clips", clips_shown(clips, metrics)))
     if data:
@@ -541,14 +566,73 @@ def _step_cell(value: float | None, best: bool, style: str) -> str:
     return f'<td class="best"><b>{text}</b></td>' if best else f"<td>{text}</td>"
 
 
+def gallery(clips: Sequence[ReportClip], metrics: Mapping[str, Any]) -> str:
+    """The best, the median and the worst predictions at a few steps: truth, prediction, error, and what they score."""
+    shown = [clip for clip in clips if clip.prediction is not None and len(clip.prediction)]
+    if not shown:
+        return ""
+    kinds = {clip.key: clip.rank.partition(",")[0] for clip in shown}
+    order = sorted(shown, key=lambda clip: [*GALLERY_RANKS, kinds[clip.key]].index(kinds[clip.key]))
+    legend = (
+        f"Clips are ranked{_ranked_by(metrics)}, the best first. +1 is the first frame after the context. Error is "
+        f"white where both agree, and black from a mean difference of {100 * FULL_ERROR:.0f} % of the range on."
+    )
+    return f'<p class="small">{escape(legend)}</p>{"".join(map(_gallery_item, order))}'
+
+
+def _gallery_item(clip: ReportClip) -> str:
+    assert clip.prediction is not None
+    horizon = len(clip.prediction)
+    steps = sorted({step for step in (1, 2, 5, *(10 * 2**i for i in range(20)), horizon) if step <= horizon})
+    chosen = [step - 1 for step in steps]
+    truth, made = clip.frames[clip.context :][chosen], clip.prediction[chosen]
+    factor = max(1, round(GALLERY_SIDE / truth.shape[1]))
+    rows = []
+    for label, frames in (("truth", truth), ("prediction", made), ("error", _error_map(truth, made))):
+        pictures = zip(steps, figures.upscale(frames, factor), strict=True)
+        cells = "".join(f"<td>{still(frame, f'{label} of {clip.key}, +{step}')}</td>" for step, frame in pictures)
+        rows.append(f'<tr><th scope="row">{label}</th>{cells}</tr>')
+    for name, values in clip.predicted_scores.items():
+        cells = "".join(f"<td>{_score_of(name, values[i])}</td>" for i in chosen)
+        unit = ", dB" if name == "PSNR" else ""
+        rows.append(f'<tr><th scope="row">{escape(name)}{unit}</th>{cells}</tr>')
+    means = [f"{name} {_score_of(name, float(np.mean(values)))}" for name, values in clip.predicted_scores.items()]
+    caption = f"Mean over the {horizon} predicted frames: {', '.join(means)}." if means else ""
+    heads = "".join(f'<th scope="col">+{step}</th>' for step in steps)
+    return (
+        f'<article><h3>{_badge(clip)}{escape(clip.key)}</h3><p class="small">{escape(caption)}</p><div class="wide">'
+        f'<table class="gallery"><thead><tr><th scope="col">predicted frame</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></article>"
+    )
+
+
+def _error_map(truth: np.ndarray, made: np.ndarray) -> np.ndarray:
+    """Grey pictures (t, h, w, 3) of the mean absolute difference over channels."""
+    error = np.abs(truth.astype(np.int16) - made).mean(axis=-1, keepdims=True) / (255 * FULL_ERROR)
+    return np.repeat(np.rint(255 * (1 - error.clip(0, 1))).astype(np.uint8), 3, axis=-1)
+
+
+def _score_of(name: str, value: float) -> str:
+    return format(value, ".2f" if name == "PSNR" else ".3f") if math.isfinite(value) else "not finite"
+
+
+def _badge(clip: ReportClip) -> str:
+    kind = clip.rank.partition(",")[0]
+    marked = f" {kind}" if kind in ("worst", "median", "best") else ""
+    return f'<span class="rank{marked}">{escape(clip.rank)}</span> ' if clip.rank else ""
+
+
+def _ranked_by(metrics: Mapping[str, Any]) -> str:
+    words = RANKED_BY.get(metrics.get("ranked_by", ""))
+    return f" by {words}" if words else ""
+
+
 def clips_shown(clips: Sequence[ReportClip], metrics: Mapping[str, Any]) -> str:
     """The clips with how to read them."""
     legend = []
     if any(clip.rank for clip in clips):
-        by = {"predict_psnr": " by the PSNR of the prediction", "recon_psnr": " by the PSNR of the reconstruction"}
         legend.append(
-            f"Clips are ranked{by.get(metrics.get('ranked_by', ''), '')}; the best are counted from the best, all "
-            "others from the worst."
+            f"Clips are ranked{_ranked_by(metrics)}; the best are counted from the best, all others from the worst."
         )
     if any(clip.scores for clip in clips):
         legend.append("The numbers beside a clip are its PSNR.")
@@ -566,9 +650,6 @@ def clips_shown(clips: Sequence[ReportClip], metrics: Mapping[str, Any]) -> str:
 
 def clip_figures(clip: ReportClip) -> str:
     """A clip moving with its scores, and as a strip of stills; the components of one frame below."""
-    kind = clip.rank.partition(",")[0]
-    marked = f" {kind}" if kind in ("worst", "median", "best") else ""
-    badge = f'<span class="rank{marked}">{escape(clip.rank)}</span> ' if clip.rank else ""
     panels = "truth and reconstruction" if clip.prediction is None else "truth, reconstruction and prediction"
     moving = _image(_animation(clip), "webp", f"clip {clip.key} moving: {panels} side by side")
     facts = {name: _score(value) for name, value in clip.scores.items() if value is not None}
@@ -576,7 +657,7 @@ def clip_figures(clip: ReportClip) -> str:
     source = f'<p class="small">{escape(clip.source)}</p>' if clip.source else ""
     strip = still(_strip(clip), f"stills of clip {clip.key}: {panels} in rows, time to the right")
     parts = [
-        f"<h3>{badge}{escape(clip.key)}</h3>{source}",
+        f"<h3>{_badge(clip)}{escape(clip.key)}</h3>{source}",
         f'<div class="clip"><div class="wide moving">{moving}</div>{beside}</div>',
         f'<div class="wide">{strip}</div>',
     ]
@@ -985,6 +1066,10 @@ td.none { color: var(--soft); }
 tr.group th { padding-top: 18px; font-weight: 650; }
 table.text { font-size: 0.9rem; }
 table.text th, table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 7em; }
+table.gallery { width: auto; }
+table.gallery th, table.gallery td { text-align: center; padding: 3px 5px; border-bottom: 0; vertical-align: middle; }
+table.gallery tbody th { text-align: right; }
+table.gallery img { max-width: none; }
 table.inputs th:first-child, table.inputs td:last-child { min-width: 15em; }
 .arrow { color: var(--soft); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 8px 32px; }

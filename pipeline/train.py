@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline import cluster, loop, report, store
+from pipeline import cluster, loop, perceptual, report, store
 from pipeline.config import TrainRun
 
 MAX_RESTARTS = 3
@@ -32,6 +32,7 @@ def train(run: TrainRun) -> str:
         FloatingPointError: the loss stayed non-finite.
         ChildProcessError: workers died more than ``MAX_RESTARTS`` times.
     """
+    perceptual.require(run)
     cluster.connect(num_cpus=run.workers + 1)  # before torch and the data: a cluster that is away is said at once
     run = loop.open_run(run)
     print(f"run folder: {run.out}", flush=True)

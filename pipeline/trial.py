@@ -246,6 +246,7 @@ def train_steps(run: TrainRun) -> Iterator[dict[str, Any]]:
     from torch import nn
 
     from objdyn import families
+    from pipeline import perceptual
     from pipeline.config import torch_device
 
     device = torch_device(run.device, run.workers)
@@ -253,6 +254,8 @@ def train_steps(run: TrainRun) -> Iterator[dict[str, Any]]:
         torch.set_num_threads(run.threads or os.cpu_count() or 1)
     model = families.build(run.model).to(device).train()
     families.set_step(model, run.steps)
+    distance = perceptual.open_distance(run, device)
+    families.set_perceptual(model, distance and distance.distance)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.optim.lr, eps=run.optim.eps, fused=True)
     terms: dict[str, float] = {}
     for count in sorted({1, min(2, run.micro_batch_size)}):

@@ -24,6 +24,8 @@ def dangers(source: str) -> list[str]:
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
+        if called == "torch.load" and keyword(node, "weights_only") is not True:
+            found.append("torch.load without weights_only=True")
         if called in ("eval", "exec", "torch.load", "yaml.load") or called.endswith(".extractall"):
             found.append(called)
         if called in ("np.load", "numpy.load") and keyword(node, "allow_pickle") is not False:
@@ -37,8 +39,14 @@ def dangers(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_file_cannot_run_what_it_reads(path):
-    if str(path.relative_to(ROOT)) not in WEIGHTS_OF_KNOWN_CHECKSUM:
-        assert dangers(path.read_text()) == []
+    allowed = ["torch.load"] if str(path.relative_to(ROOT)) in WEIGHTS_OF_KNOWN_CHECKSUM else []
+    assert dangers(path.read_text()) == allowed
+
+
+def test_an_unsafe_load_is_seen_where_a_safe_one_is_allowed():
+    assert dangers("torch.load(file, weights_only=True)") == ["torch.load"]
+    for line in ("torch.load(file)", "torch.load(file, weights_only=False)", "torch.load(file, weights_only=safe)"):
+        assert dangers(line) == ["torch.load without weights_only=True", "torch.load"]
 
 
 @pytest.mark.parametrize(

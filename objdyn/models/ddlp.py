@@ -22,7 +22,8 @@ code that are mended here, because they change no architecture:
 - more particles than proposals, or proposals than patches, are refused instead of silently cut;
 - the encoder is deterministic wherever no noise is asked for, validation losses included.
 
-The reconstruction term is the squared error; the perceptual one of the 128-pixel presets is not implemented yet.
+The reconstruction term is the squared error or, as in the published runs on real images, a perceptual distance
+(``recon_loss``), whose weights the model does not hold.
 """
 
 from dataclasses import dataclass
@@ -127,10 +128,12 @@ class DDLP(DLP):
         .. math::  \frac{1}{t} \sum_t \gamma_t \left( \|x_t - \hat x_t\|^2 + \beta_{KL} KL(q_t \| p_t) \right)
 
         with the constant prior and :math:`\gamma_t = 1` in the burn-in frames, PINT's prior and the ramp's weight
-        afterwards. In evaluation mode the posterior's means are decoded and every weight is 1.
+        afterwards; all of it times ``loss_scale``. In evaluation mode the posterior's means are decoded and every
+        weight is 1.
 
         Raises:
-            ValueError: the clip has another size than the model, or no frame after the burn-in, or more than T + 1.
+            ValueError: the clip has another size than the model, or no frame after the burn-in, or more than T + 1; or
+                ``recon_loss`` has no weights.
         """
         frames = self._check(video)
         if not self.config.burn_in_frames < frames <= self.config.max_frames + 1:
@@ -150,7 +153,8 @@ class DDLP(DLP):
         recon = (recon * weights).sum(1).mean()
         kl_static = kl_static.sum(1).mean()
         kl_dynamic = (kl_dynamic * weights[self.config.burn_in_frames :]).sum(1).mean()
-        total = self.config.recon_weight * recon + self.config.kl_weight * (kl_static + kl_dynamic)
+        kl = kl_static + kl_dynamic
+        total = self.config.loss_scale * (self.config.recon_weight * recon + self.config.kl_weight * kl)
         if stage.warmup:
             total = total + zero_gradient(self.background_decoder).to(total.device)
         terms = {"recon": recon / frames, "kl_static": kl_static / frames, "kl_dynamic": kl_dynamic / frames}

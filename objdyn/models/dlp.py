@@ -13,6 +13,7 @@ Reading order: DLPConfig, Particles, DLP.forward, then the steps in the order in
 and released code is followed, and which defects of the latter are mended, is said in ``ddlp.py`` for both models.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -37,7 +38,7 @@ from objdyn.layers.particles import (
     stitch,
 )
 from objdyn.layers.spatial import cut_glimpses
-from objdyn.losses import chamfer_kl, squared_error, zero_gradient
+from objdyn.losses import VGG_LOSS_SCALE, chamfer_kl, squared_error, zero_gradient
 
 FRAMES_AT_ONCE = 64
 """Frames that are rendered or background-encoded together where no gradient is kept; bounds the memory."""
@@ -70,6 +71,9 @@ class DLPConfig:
     use_score_map: bool = True
     """Give the attribute encoder a channel for the cross-correlation with the particle's last glimpse, by which the
     video model tracks; all zero in a single image."""
+    recon_loss: Literal["mse", "vgg"] = "mse"
+    """Reconstruction term: squared error, or that plus the distance of VGG16's features, which needs its weights
+    (``families.set_perceptual``) and scales the whole loss by 1e-3."""
     recon_weight: float = 1.0
     """Weight of the reconstruction."""
     kl_weight: float = 0.1
@@ -133,6 +137,11 @@ class DLPConfig:
     def glimpse_size(self) -> int:
         """Side of a glimpse in pixels (S)."""
         return round(self.glimpse_ratio * (self.image_size - 1))
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the whole loss, which the released code has with the perceptual distance."""
+        return VGG_LOSS_SCALE if self.recon_loss == "vgg" else 1.0
 
     @property
     def num_patches(self) -> int:
@@ -200,6 +209,9 @@ class DLP(nn.Module):
     """The image model. ``step`` is the number of completed optimiser steps; the training loop writes it."""
 
     step: Tensor
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Distance of images (..., 3, h, w) in [0, 1] for ``recon_loss`` "vgg"; ``families.set_perceptual`` gives it. No
+    part of the module: its weights are not trained, saved or counted."""
 
     def __init__(self, config: DLPConfig) -> None:
         super().__init__()
@@ -224,17 +236,17 @@ class DLP(nn.Module):
 
         .. math::  \|x - \hat x\|^2 + \beta_{KL} KL(q \| p)
 
-        with a constant prior. In evaluation mode the posterior's means are decoded.
+        with a constant prior; all of it times ``loss_scale``. In evaluation mode the posterior's means are decoded.
 
         Raises:
-            ValueError: the frames have another size than the model.
+            ValueError: the frames have another size than the model, or ``recon_loss`` has no weights.
         """
         self._check(video)
         stage = self._stage()
         posterior = self._find(video, sample=self.training, stage=stage)
         recon = self._recon_error(video, posterior, stage).mean()
         kl = self._static_kl(posterior, stage).mean()
-        total = self.config.recon_weight * recon + self.config.kl_weight * kl
+        total = self.config.loss_scale * (self.config.recon_weight * recon + self.config.kl_weight * kl)
         if stage.warmup:
             total = total + zero_gradient(self.background_decoder).to(total.device)
         return Loss(total, {"recon": recon.detach(), "kl": kl.detach(), **describe_particles(posterior.latents)})
@@ -425,8 +437,19 @@ class DLP(nn.Module):
         """What the decoder misses of each frame; in the warm-up, of each glimpse."""
         glimpses = self._decode_glimpses(posterior.latents)
         if stage.warmup:
-            return squared_error(posterior.glimpses.flatten(2, 3), glimpses[:, :, :, 1:].flatten(2, 3))
-        return squared_error(video, self._compose(posterior.latents, glimpses, stage).view_as(video))
+            return self._image_error(posterior.glimpses, glimpses[:, :, :, 1:]).sum(-1)
+        return self._image_error(video, self._compose(posterior.latents, glimpses, stage).view_as(video))
+
+    def _image_error(self, images: Float[Tensor, "*n c h w"], recon: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n"]:
+        if self.config.recon_loss == "mse":
+            return squared_error(images, recon)
+        if self.perceptual is None:
+            raise ValueError(
+                "recon_loss is 'vgg', but the model has no distance to train with; give a training run the weights of "
+                "VGG16 (--perceptual-weights FILE), and a model of your own families.set_perceptual(model, distance), "
+                "or set model.recon_loss=mse"
+            )
+        return self.perceptual(images, recon)
 
     def _stage(self) -> Stage:
         if not self.training:

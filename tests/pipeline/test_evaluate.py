@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from objdyn.clips import Clip
 from objdyn.families import FAMILIES, build
+from objdyn.layers.perceptual import Network, Trunk, load_trunk
 from objdyn.metrics import segmentation
+from objdyn.metrics.perceptual import CHANNELS, LPIPS, SMALLEST
 from objdyn.simulators import SIMULATORS, Simulator
-from pipeline import cli, segments, store
+from pipeline import cli, perceptual, segments, store
 from pipeline.checkpoint import config_to_json, save_checkpoint
 from pipeline.config import EvaluateRun, ShardRun
-from pipeline.evaluate import MED_STEPS, Made, choose_clips, evaluate, median_frame
+from pipeline.evaluate import LPIPS_KEYS, MED_STEPS, Made, choose_clips, evaluate, median_frame
 from pipeline.presets import PRESETS
 from pipeline.reader import open_source
 from pipeline.report import ReportClip
@@ -125,6 +128,119 @@ def test_every_key_is_written_with_a_value_or_a_reason(balls: tuple[dict[str, An
     assert {"model", "dataset", "split", "clips", "context", "horizon", "command"} <= metrics.keys()
     assert metrics["dataset"] == "sim:balls-interaction/test"
     assert metrics["clips"] == 2
+
+
+def test_without_weights_lpips_is_null_with_a_reason_that_names_the_option(balls: tuple[dict[str, Any], Path]):
+    metrics, _ = balls
+    keys = [key.replace("_mse", "_lpips") for key in FRAME_KEYS if key.endswith("_mse")]
+    assert len(keys) == 5
+    for key in keys:
+        assert metrics[key] is None
+        assert "--perceptual-weights" in metrics["reasons"][key]
+        assert "fetch_weights.py" in metrics["reasons"][key]
+    assert metrics["perceptual"] == {}
+    assert not [key for key in metrics if "lpips_alex" in key]
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[Network, tuple[str, LPIPS]]:
+    """A file with random weights of each network, and LPIPS by them."""
+    found: dict[Network, tuple[str, LPIPS]] = {}
+    for network, counts in CHANNELS.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            trunk = dict(Trunk(network).state_dict())
+            heads = {f"heads.{i}.weight": torch.rand(1, count, 1, 1) for i, count in enumerate(counts)}
+        path = str(tmp_path_factory.mktemp("weights") / f"{network}.safetensors")
+        save_file(trunk | heads, path)
+        found[network] = path, LPIPS(load_trunk(trunk), list(heads.values()))
+    return found
+
+
+@pytest.fixture
+def published(networks: dict[Network, tuple[str, LPIPS]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """These weights count as the published ones."""
+    for network, (path, _) in networks.items():
+        record = perceptual.read_weights([path])[network].record
+        trunk, heads = perceptual.SOURCES[network]
+        known = perceptual.Sources(
+            trunk._replace(tensors_sha256=record["trunk_sha256"]), heads._replace(tensors_sha256=record["heads_sha256"])
+        )
+        monkeypatch.setitem(perceptual.SOURCES, network, known)
+
+
+def test_lpips_by_both_networks_is_measured_beside_the_baselines(
+    checkpoint: str,
+    networks: dict[Network, tuple[str, LPIPS]],
+    published: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    paths = tuple(path for path, _ in networks.values())
+    data = register(monkeypatch, static, {"train": 3, "test": 1})
+    metrics = run_on(checkpoint, data, tmp_path, horizon=2, report_clips=1, perceptual_weights=paths)
+    truth = torch.from_numpy(static("test", 0)[0]).permute(0, 3, 1, 2)[None] / 255
+    background = torch.from_numpy(median_frame(open_source(data, "train"))).permute(2, 0, 1) / 255
+    for network, suffix in LPIPS_KEYS.items():
+        lpips = networks[network][1]
+        expected = float(lpips(background.expand_as(truth[:, :1]), truth[:, :1]))  # every frame is the same
+        assert metrics[f"constant_background_recon_{suffix}"] == pytest.approx(expected, rel=1e-4)
+        assert metrics[f"constant_background_predict_{suffix}"] == pytest.approx(expected, rel=1e-4)
+        assert metrics[f"copy_last_predict_{suffix}"] == pytest.approx(0, abs=1e-9)
+        assert metrics[f"predict_{suffix}"] > 0
+        assert len(metrics["curves"][f"predict_{suffix}"]) == 2
+        assert np.mean(metrics["curves"][f"recon_{suffix}"]) == pytest.approx(metrics[f"recon_{suffix}"])
+        assert metrics["per_clip"][f"recon_{suffix}"] == [pytest.approx(metrics[f"recon_{suffix}"])]
+        assert {f"predict_{suffix}"} <= metrics["std"].keys() & metrics["interval95"].keys()
+        assert metrics["perceptual"][network]["published"] is True
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "LPIPS (lower is better)" in html
+    assert "Clips are ranked by the LPIPS of the prediction" in html
+
+
+def test_clips_are_ranked_by_lpips_where_it_is_known(
+    checkpoint: str,
+    networks: dict[Network, tuple[str, LPIPS]],
+    published: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    given = drawn_of(monkeypatch)
+    data = register(monkeypatch, static, {"test": 4})
+    weights = (networks["alexnet"][0],)
+    metrics = run_on(checkpoint, data, tmp_path, horizon=3, report_clips=2, perceptual_weights=weights)
+    assert metrics["ranked_by"] == "predict_lpips_alex"
+    values = metrics["per_clip"]["predict_lpips_alex"]
+    worst, best = (metrics["keys"].index(clip.key) for clip in given["clips"])
+    assert (worst, best) == (int(np.argmax(values)), int(np.argmin(values)))
+    scores = given["clips"][0].predicted_scores
+    assert list(scores) == ["PSNR", "SSIM", "LPIPS by AlexNet"]
+    assert np.mean(scores["LPIPS by AlexNet"]) == pytest.approx(values[worst])
+    assert metrics["predict_lpips"] is None
+    assert "no weights of vgg16 were given" in metrics["reasons"]["predict_lpips"]
+
+
+def test_weights_that_make_no_lpips_are_refused_or_give_a_reason(
+    checkpoint: str,
+    networks: dict[Network, tuple[str, LPIPS]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+):
+    path, _ = networks["alexnet"]
+    data = register(monkeypatch, static, {"test": 1})
+    with pytest.raises(ValueError, match=r"alexnet.safetensors does not hold the published weights of alexnet"):
+        run_on(checkpoint, data, tmp_path, perceptual_weights=(path,))
+    request.getfixturevalue("published")
+    trunk = tmp_path / "trunk.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if name.startswith("features.")}, trunk)
+    metrics = run_on(checkpoint, data, tmp_path, horizon=0, perceptual_weights=(str(trunk),))
+    assert metrics["recon_lpips_alex"] is None
+    assert "lacks the heads of alexnet" in metrics["reasons"]["recon_lpips_alex"]
+    monkeypatch.setitem(SMALLEST, "alexnet", 65)
+    metrics = run_on(checkpoint, data, tmp_path, horizon=0, perceptual_weights=(path,))
+    assert metrics["recon_lpips_alex"] is None
+    assert "frames of at least 65 pixels a side, these are 64x64" in metrics["reasons"]["recon_lpips_alex"]
 
 
 def test_the_stored_command_gives_the_same_run(balls: tuple[dict[str, Any], Path], checkpoint: str):

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from objdyn import families
 from objdyn.interface import Loss
-from pipeline import benchmark, checkpoint, failpoints, loop
+from pipeline import benchmark, checkpoint, failpoints, loop, store
 from pipeline.config import TrainRun, with_overrides
 from pipeline.presets import ABOUT, PRESETS
 from pipeline.reader import open_source
@@ -103,6 +103,17 @@ def test_a_run_folder_is_not_mixed_with_another_run(undisturbed: Path, changes: 
         loop.open_run(run_in(undisturbed, **changes))
 
 
+def test_a_setting_that_the_stored_run_did_not_have_yet_counts_as_its_default(
+    undisturbed: Path,
+) -> None:
+    stored = store.read_json(str(undisturbed / "config.json"))
+    assert stored["run"]["model"].pop("recon_loss") == "mse"
+    assert loop.settings_difference(stored, store.read_json(str(undisturbed / "config.json"))) == []
+    stored["run"]["model"]["recon_loss"] = "vgg"
+    (difference,) = loop.settings_difference(stored, store.read_json(str(undisturbed / "config.json")))
+    assert difference == ("run.model.recon_loss", "vgg", "mse")
+
+
 def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to resume"):
         loop.open_run(run_in(tmp_path / "none", resume=True))
@@ -165,7 +176,7 @@ def test_opening_a_run_draws_nothing_from_the_random_state(tmp_path: Path) -> No
 def test_a_run_that_is_meant_to_start_from_another_family_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], preset: str
 ) -> None:
-    monkeypatch.setattr(loop, "_try_one_clip", lambda run: None)
+    monkeypatch.setattr(loop, "_try_one_clip", lambda run, distance: None)
     assert vars(PRESETS["provide"]["small"].model)["conditional_decoder"] == "residual"  # as in debug
     run = dataclasses.replace(PRESETS["provide"][preset], out=str(tmp_path / "run"))
     loop.open_run(run)
@@ -183,7 +194,7 @@ def test_a_run_that_is_meant_to_start_from_another_family_says_so(
 def test_oddn_says_what_it_is_meant_to_start_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loop, "_try_one_clip", lambda run: None)
+    monkeypatch.setattr(loop, "_try_one_clip", lambda run, distance: None)
     loop.open_run(dataclasses.replace(PRESETS["oddn"]["small"], out=str(tmp_path / "run")))
     told = capsys.readouterr().err
     assert told.endswith(": python jobs/train_iodine.py clevrer-small --out START, then --init START\n")

@@ -22,9 +22,11 @@ from pipeline.report import (
     Parts,
     ReportClip,
     Section,
+    _error_map,
     clip_figures,
     compare_steps,
     data_facts,
+    gallery,
     over_steps,
     provenance,
     quarantine,
@@ -209,7 +211,7 @@ def test_no_text_that_reaches_the_page_becomes_markup(tmp_path: Path):
         str(path), title=EVIL, metrics=metrics, history=history, clips=[drawn], settings=settings, notes=[EVIL]
     )
     tags = check_harmless(path.read_text())
-    assert tags.seen.count("img") == 3
+    assert tags.seen.count("img") == 3 + 9  # the gallery has three rows of three steps
     # Everywhere the whole text is still there to be read.
     assert sum(text.count(EVIL) for text in tags.texts) >= 50 * 4 + 30
     assert not [text for text in tags.texts if "alert" in text.replace(EVIL, "")]
@@ -237,13 +239,14 @@ def test_every_picture_is_described_and_every_head_has_a_scope(page: str):
 
 def test_page_has_animations_strips_tables_and_plots(page: str):
     tags = Tags(page)
-    assert tags.seen.count("img") == 6
-    assert tags.seen.count("table") == 4
+    assert tags.seen.count("img") == 6 + 9
+    assert tags.seen.count("table") == 5
     assert tags.seen.count("svg") >= 6
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
         "Results",
         "Over the predicted frames",
+        "Gallery",
         "Clips",
         "Data",
         "Quarantine",
@@ -251,6 +254,48 @@ def test_page_has_animations_strips_tables_and_plots(page: str):
         "To reproduce this",
     ]
     assert re.findall(r'<a href="#.*?">(.*?)</a>', page) == headings
+
+
+def test_the_gallery_shows_the_best_first_with_what_each_step_scores():
+    ranked = {"a": "worst, 1st of 9", "b": "median, 5th of 9", "c": "best, 1st of 9"}
+    clips = [
+        clip(key)._replace(
+            rank=rank,
+            prediction=clip().frames[3:] // 2,
+            predicted_scores={"PSNR": (30.0, 20.0, 15.0, 10.0, 5.0), "LPIPS": (0.1, 0.2, 0.3, 0.4, float("nan"))},
+        )
+        for key, rank in ranked.items()
+    ]
+    html = gallery([*clips, clip("d", prediction=False)], {"ranked_by": "predict_lpips"})
+    tags = Tags(html)
+    assert "Clips are ranked by the LPIPS of the prediction, the best first." in html
+    assert re.findall(r"</span> (\w)</h3>", html) == ["c", "b", "a"]
+    assert re.findall(r'<th scope="col">(.*?)</th>', html)[:4] == ["predicted frame", "+1", "+2", "+5"]
+    assert re.findall(r'<th scope="row">(.*?)</th>', html)[:5] == ["truth", "prediction", "error", "PSNR, dB", "LPIPS"]
+    assert html.count("<td>30.00</td><td>20.00</td><td>5.00</td>") == 3
+    assert html.count("<td>0.100</td><td>0.200</td><td>not finite</td>") == 3
+    assert html.count("Mean over the 5 predicted frames: PSNR 16.00, LPIPS not finite.") == 3
+    assert tags.seen.count("img") == 3 * 9
+    assert gallery([clip("d", prediction=False)], {}) == ""
+
+
+def test_errors_are_white_where_frames_agree_and_black_from_half_the_range_on():
+    truth = np.zeros((1, 1, 4, 3), dtype=np.uint8)
+    made = truth.copy()
+    made[0, 0, 1] = 64
+    made[0, 0, 2] = 128
+    made[0, 0, 3] = (255, 0, 0)  # a third of the range
+    expected = [255, 255 * (1 - 64 / 127.5), 0, 255 * (1 - 85 / 127.5)]
+    np.testing.assert_allclose(_error_map(truth, made)[0, 0, :, 0], expected, atol=0.5)
+    assert np.array_equal(_error_map(made, truth), _error_map(truth, made))
+
+
+def test_lpips_is_drawn_over_the_predicted_frames_beside_the_copied_one():
+    html = over_steps({"curves": {"predict_lpips": [0.1, 0.3], "copy_last_predict_lpips": [0.2, 0.25]}})
+    assert "<b>LPIPS (lower is better)</b>" in html
+    assert "LPIPS (lower is better) over the predicted frames of model, copy last frame" in html
+    assert "<b>LPIPS</b>: worse than copying the last frame from step 2 on" in html
+    assert "LPIPS: lower is better" in html
 
 
 def test_every_link_leads_to_a_section(page: str):

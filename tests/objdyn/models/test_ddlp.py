@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from torch.distributions import Beta, Normal, kl_divergence
 
 from objdyn import families
 from objdyn.layers import particles
+from objdyn.layers.perceptual import Trunk, load_trunk
 from objdyn.layers.spatial import cut_glimpses
+from objdyn.losses import squared_error, vgg_distance
 from objdyn.models import ddlp, dlp
 from objdyn.models.ddlp import DDLP, DDLPConfig, match_template
 from objdyn.models.dlp import Particles, Stage
@@ -470,3 +473,71 @@ def test_long_futures_are_decoded_a_few_frames_at_a_time(components: bool, monke
     for a, b in zip(whole, pieces, strict=True):
         if a is not None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+# ---- perceptual loss ---------------------------------------------------------------------------------------------
+
+
+def doubled(images: Tensor, recon: Tensor) -> Tensor:
+    """A distance of known value: twice the squared error."""
+    return 2 * squared_error(images, recon)
+
+
+def test_the_perceptual_distance_takes_the_place_of_the_squared_error_and_scales_the_whole_loss() -> None:
+    squared, perceptual = build().eval(), build(recon_loss="vgg").eval()
+    families.set_perceptual(perceptual, doubled)
+    with torch.no_grad():
+        a, b = squared(clip()), perceptual(clip())
+    torch.testing.assert_close(b.terms["recon"], 2 * a.terms["recon"])
+    torch.testing.assert_close(b.terms["kl_static"], a.terms["kl_static"])
+    torch.testing.assert_close(b.total, 1e-3 * (a.total + a.terms["recon"]))
+
+
+def test_in_the_warm_up_the_distance_is_that_of_glimpses() -> None:
+    seen = []
+
+    def watched(images: Tensor, recon: Tensor) -> Tensor:
+        seen.append((tuple(images.shape), tuple(recon.shape), images.requires_grad))
+        return doubled(images, recon)
+
+    models = [build(warmup_steps=5).train(), build(warmup_steps=5, recon_loss="vgg").train()]
+    families.set_perceptual(models[1], watched)
+    found = []
+    for model in models:
+        torch.manual_seed(1)
+        found.append(model(clip()))
+    assert seen == [((2, 6, 4, 3, 16, 16), (2, 6, 4, 3, 16, 16), False)]
+    torch.testing.assert_close(found[1].terms["recon"], 2 * found[0].terms["recon"])
+
+
+def test_the_distance_is_no_part_of_the_model() -> None:
+    model = build(recon_loss="vgg")
+    names = (list(model.state_dict()), count(model), len(list(model.modules())))
+    with torch.device("meta"):
+        trunk = Trunk("vgg16")
+    families.set_perceptual(model, functools.partial(vgg_distance, trunk=trunk))
+    assert (list(model.state_dict()), count(model), len(list(model.modules()))) == names
+    with pytest.raises(ValueError, match="must be a function, not a module, got Trunk"):
+        families.set_perceptual(model, trunk)
+
+
+@pytest.mark.parametrize("step", [0, 1_000], ids=["warm-up", "later"])
+def test_with_the_distance_of_vgg_every_parameter_gets_a_gradient(step: int) -> None:
+    model = build(recon_loss="vgg", warmup_steps=5).train()
+    with torch.random.fork_rng():
+        trunk = load_trunk(Trunk("vgg16").state_dict())
+    families.set_perceptual(model, functools.partial(vgg_distance, trunk=trunk))
+    families.set_step(model, step)
+    model(clip(t=3, b=1)).total.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    decoder = torch.cat([p.grad.flatten() for p in model.glimpse_decoder.parameters() if p.grad is not None])
+    assert torch.isfinite(decoder).all()
+    assert decoder.any()
+
+
+def test_without_a_distance_training_says_what_to_do_and_the_other_verbs_work() -> None:
+    model = build(recon_loss="vgg")
+    with pytest.raises(ValueError, match=r"--perceptual-weights FILE.*set_perceptual.*model.recon_loss=mse"):
+        model(clip())
+    with torch.no_grad():
+        model.decode(model.rollout(model.encode(clip()), 1))
