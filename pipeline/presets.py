@@ -223,13 +223,13 @@ _DLP_SMALL = TrainRun(
         noisy_steps=540,
     ),
     data="sim:shapes",
-    steps=2_000,
+    steps=1_600,
     clip_frames=1,
-    optim=OptimConfig(lr=1.5e-3, eps=1e-8, decay=0.7, decay_steps=500, clip_norm=200.0, batch_size=8),
+    optim=OptimConfig(lr=1.5e-3, eps=1e-8, decay=0.6, decay_steps=400, clip_norm=200.0, batch_size=8),
     log_every=50,
-    eval_every=500,
+    eval_every=400,
     eval_clips=64,
-    checkpoint_every=250,
+    checkpoint_every=200,
 )
 
 # Slot families. PROVIDE's paper gives batch, rate and clip length: 4 frames growing to 40, the batch shrinking in

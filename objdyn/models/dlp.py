@@ -152,9 +152,7 @@ class DLPConfig:
 
 def supported_sizes() -> str:
     """The frames from 32 to 256 pixels and, for each, the ratios whose glimpse is a power of two from 8 pixels on."""
-    sizes = {
-        size: [ratio for ratio in (0.5, 0.25, 0.125, 0.0625) if ratio * size >= 8] for size in (32, 64, 128, 256)
-    }
+    sizes = {size: [ratio for ratio in (0.5, 0.25, 0.125, 0.0625) if ratio * size >= 8] for size in (32, 64, 128, 256)}
     return ", ".join(
         f"image_size {size} with glimpse_ratio {' or '.join(map(str, ratios))}" for size, ratios in sizes.items()
     )

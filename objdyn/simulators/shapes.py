@@ -59,9 +59,7 @@ class Options:
             raise ValueError(f"size must be 8 to 1024 pixels, got {self.size}")
         shortest, longest = self.side
         if not 2 <= shortest <= longest <= self.size:
-            raise ValueError(
-                f"side must be N or A-B with 2 <= A <= B <= size={self.size}, got {show_range(self.side)}"
-            )
+            raise ValueError(f"side must be N or A-B with 2 <= A <= B <= size={self.size}, got {show_range(self.side)}")
         # Random placement jams when aligned squares cover about 0.56 of the room; below 0.4 a restart finds a place.
         if high > 1 and high * longest**2 > 0.4 * self.size**2:
             raise ValueError(
@@ -79,7 +77,9 @@ class Options:
     @property
     def name(self) -> str:
         """The simulator with all options in a fixed order, so that equal data have one name."""
-        return f"shapes:objects={show_range(self.objects)},size={self.size},side={show_range(self.side)},seed={self.seed}"
+        return (
+            f"shapes:objects={show_range(self.objects)},size={self.size},side={show_range(self.side)},seed={self.seed}"
+        )
 
 
 def parse(text: str) -> Options:
