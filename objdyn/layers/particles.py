@@ -112,7 +112,8 @@ class PatchPrior(nn.Module):
 
     Each P x P patch goes through a small CNN and a spatial softmax. ``filter``: "variance" keeps the smallest
     var_y + var_x + cov (the signed covariance, as in the authors' code), "distance" the furthest from the patch
-    centre, "random" a fresh permutation for every image. The order of the ranking is kept: the first K are anchors.
+    centre, "random" a fresh permutation for every image in training and always the same one in evaluation mode, where
+    answers must repeat. The order of the ranking is kept: the first K are anchors.
     "none" keeps every proposal in the order of the patches, row by row; ``ProposalMixer`` makes anchors of them.
 
     Raises:
@@ -153,9 +154,15 @@ class PatchPrior(nn.Module):
         if self.filter == "distance":
             score = -local.square().sum(-1)
         elif self.filter == "random":
-            score = torch.rand_like(score)
+            score = torch.rand_like(score) if self.training else self._fixed_order(score)
         best = score.topk(self.num_proposals, dim=-1, largest=False, sorted=True).indices
         return position.gather(1, best.unsqueeze(-1).expand(-1, -1, 2))
+
+    @staticmethod
+    def _fixed_order(score: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+        """The same random numbers for every image."""
+        generator = torch.Generator().manual_seed(0)  # on the CPU, so that the order is that of every device
+        return torch.rand(score.shape[1], generator=generator, device="cpu").to(score).expand_as(score)
 
 
 class ProposalMixer(nn.Module):
@@ -170,8 +177,8 @@ class ProposalMixer(nn.Module):
 
     The paper does not describe this part; the sizes of the tokens, the block and the softmax are the authors' code's.
     Ours are the widths of the block's MLPs and the table b, without which all anchors start in the middle of the image
-    and see the same. It starts as :math:`-d^2 / 2` with d the distance of patch n, in patches, from the k-th of K points
-    spread over the image, so that each anchor begins with a place of its own and is free to leave it.
+    and see the same. It starts as :math:`-d^2 / 2` with d the distance of patch n, in patches, from the k-th of K
+    points spread over the image, so that each anchor begins with a place of its own and is free to leave it.
     """
 
     def __init__(

@@ -44,8 +44,10 @@ def gaussian(mean: Tensor, log_var: Tensor) -> Normal:
 
 
 def test_the_published_image_settings_are_those_of_the_table() -> None:
-    keys = ("image_size", "kl_weight", "patch_size", "num_proposals", "num_particles", "feature_dim", "glimpse_size",
-            "scale_std", "offset_std", "proposal_filter", "use_score_map", "encoder_channels", "prior_channels")  # fmt: skip
+    keys = (
+        *("image_size", "kl_weight", "patch_size", "num_proposals", "num_particles", "feature_dim", "glimpse_size"),
+        *("scale_std", "offset_std", "proposal_filter", "use_score_map", "encoder_channels", "prior_channels"),
+    )
     table = {
         "shapes": (64, 0.05, 8, 64, 10, 6, 16, 0.3, 0.2, "none", False, (32, 32, 64, 64), (32, 32, 64)),
         "obj3d": (64, 40, 8, 16, 12, 8, 16, 0.3, 0.2, "variance", True, (32, 64, 128), (16, 32, 64)),
@@ -173,6 +175,17 @@ def test_anchors_are_the_best_proposals_where_they_are_filtered() -> None:
         assert torch.equal(model._anchors(frames, proposals), proposals[:, :3])
 
 
+def test_a_random_choice_of_proposals_repeats_outside_of_training() -> None:
+    model, video = build(**{**FILTERED, "proposal_filter": "random"}).eval(), clip()
+    with torch.no_grad():
+        first, second = model.encode(video), model.encode(video)
+        alone = model.encode(video[1:, 1:2])
+        chosen = model.train().prior(video[:, 0])
+        assert not torch.equal(chosen, model.prior(video[:, 0]))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    torch.testing.assert_close(first.position[1:, 1:2], alone.position, atol=1e-5, rtol=1e-4)
+
+
 # ---- loss --------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +302,16 @@ def test_mixed_anchors_are_told_apart_by_what_is_seen_and_pass_a_gradient_on() -
     assert proposals.grad is not None
     assert glimpses.grad.abs().max() > 0
     assert proposals.grad.abs().max() > 0
+
+
+def test_mixed_anchors_keep_their_precision_under_bf16() -> None:
+    module, (glimpses, proposals) = mixer(), inputs()
+    with torch.no_grad():
+        exact = module(glimpses, proposals)
+        with torch.autocast("cpu", torch.bfloat16):
+            anchors = module(glimpses, proposals)
+    assert anchors.dtype == torch.float32
+    torch.testing.assert_close(anchors, exact, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("particles", [1, 2, 3, 10, 16])
