@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from objdyn.interface import Scene, VideoModel
-from objdyn.models import ddlp, ed_lstm, iodine, oddn, provide, ssm
+from objdyn.models import ddlp, dlp, ed_lstm, iodine, oddn, provide, ssm
 
 
 class Family(NamedTuple):
@@ -51,6 +51,16 @@ FAMILIES: dict[str, Family] = {
         verbs=("forward", "encode", "rollout", "decode"),
         causal=True,
         tracked=True,
+        object_columns=("position", "scale", "depth", "transparency", "features"),
+        frame_columns=("background",),
+    ),
+    "dlp": Family(
+        config=dlp.DLPConfig,
+        model=dlp.DLP,
+        inputs={},
+        verbs=("forward", "encode", "decode"),
+        causal=True,
+        tracked=False,
         object_columns=("position", "scale", "depth", "transparency", "features"),
         frame_columns=("background",),
     ),

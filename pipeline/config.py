@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 
 from objdyn.models.ddlp import DDLPConfig
+from objdyn.models.dlp import DLPConfig
 from objdyn.models.ed_lstm import EDLSTMConfig
 from objdyn.models.iodine import IODINEConfig
 from objdyn.models.oddn import ODDNConfig
@@ -28,7 +29,7 @@ from objdyn.questions.generator import GeneratorConfig
 if TYPE_CHECKING:
     from objdyn.datasets.preprocessing import Preprocessing
 
-ModelConfig = DDLPConfig | IODINEConfig | PROVIDEConfig | ODDNConfig | SSMConfig | EDLSTMConfig
+ModelConfig = DDLPConfig | DLPConfig | IODINEConfig | PROVIDEConfig | ODDNConfig | SSMConfig | EDLSTMConfig
 
 
 @dataclass(frozen=True)

@@ -436,7 +436,8 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         wanted = (*family.inputs, "segmentation")
-        chosen = iter_clips(source, limit=run.eval_clips, length=context + max(horizon, 1), truth=wanted)
+        longest = max(context + horizon, run.clip_frames)
+        chosen = iter_clips(source, limit=run.eval_clips, length=longest, truth=wanted)
         for index, clip in enumerate(chosen):
             if index % world != rank:
                 continue

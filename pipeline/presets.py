@@ -9,6 +9,7 @@ optimiser steps, the conversion beside each. Presets with the perceptual loss (`
 from dataclasses import replace
 
 from objdyn.models.ddlp import DDLPConfig
+from objdyn.models.dlp import DLPConfig
 from objdyn.models.ed_lstm import EDLSTMConfig
 from objdyn.models.iodine import IODINEConfig
 from objdyn.models.oddn import ODDNConfig
@@ -153,6 +154,92 @@ _QUICKSTART = replace(
     log_every=25,
     eval_every=450,
     checkpoint_every=225,
+)
+
+
+# DLPv2, the image model, batch 32. An epoch is one pass over all images.
+def _dlp(model: DLPConfig, *, steps_per_epoch: int, data: str = "") -> TrainRun:
+    """DLPv2's published schedule: 150 epochs, lr x 0.95 per epoch, one of warm-up and one more that is noisy."""
+    return TrainRun(
+        model=replace(model, warmup_steps=steps_per_epoch, noisy_steps=steps_per_epoch),
+        data=data,
+        steps=150 * steps_per_epoch,
+        clip_frames=1,
+        optim=OptimConfig(lr=2e-4, eps=1e-4, decay=0.95, decay_steps=steps_per_epoch, batch_size=32),
+        log_every=50,
+        eval_every=2_000,
+        eval_clips=64,
+        checkpoint_every=2_000,
+    )
+
+
+_DLP_SHAPES = DLPConfig(
+    num_particles=10,
+    num_proposals=64,
+    proposal_filter="none",
+    feature_dim=6,
+    background_dim=6,
+    prior_channels=(32, 32, 64),
+    encoder_channels=(32, 32, 64, 64),
+    use_score_map=False,
+    kl_weight=0.05,
+)
+_DLP_OBJ3D = DLPConfig(num_particles=12, num_proposals=16, feature_dim=8, background_dim=8, kl_weight=40.0)
+_DLP_OBJ3D128 = replace(
+    _DLP_OBJ3D,
+    image_size=128,
+    patch_size=16,
+    num_proposals=64,
+    encoder_channels=(16, 32, 64, 64, 128),
+    use_score_map=False,
+    offset_std=1.0,
+    scale_std=1.0,
+)
+_DLP_TRAFFIC = replace(
+    _DLP_OBJ3D128,
+    num_particles=25,
+    prior_channels=(32, 32, 64),
+    encoder_channels=(32, 64, 64, 128, 128),
+    use_score_map=True,
+)
+_DLP_DEBUG = TrainRun(
+    model=DLPConfig(
+        image_size=32,
+        num_particles=3,
+        num_proposals=16,
+        proposal_filter="none",
+        prior_channels=(8, 8, 8),
+        encoder_channels=(8, 8, 8),
+        use_score_map=False,
+    ),
+    data="sim:bouncing-balls:balls=2,size=32,colors=random4,frames=12",
+    steps=20,
+    clip_frames=3,
+    optim=OptimConfig(lr=5e-4, eps=1e-8, batch_size=4),
+    log_every=5,
+    eval_every=10,
+    eval_clips=2,
+    checkpoint_every=10,
+)
+_DLP_SMALL = TrainRun(
+    model=replace(
+        _DLP_SHAPES,
+        prior_channels=(8, 16, 32),
+        encoder_channels=(8, 16, 32),
+        conv_init_std=0.06,
+        initial_feature_log_var=-4.0,
+        scale_std=0.1,
+        warmup_steps=60,
+        noisy_steps=540,
+    ),
+    data="sim:shapes",
+    steps=1_600,
+    clip_frames=1,
+    optim=OptimConfig(lr=1.5e-3, eps=1e-8, decay=0.6, decay_steps=400, clip_norm=200.0, batch_size=8),
+    log_every=50,
+    eval_every=400,
+    eval_clips=64,
+    checkpoint_every=200,
 )
 
 # Slot families. PROVIDE's paper gives batch, rate and clip length: 4 frames growing to 40, the batch shrinking in
@@ -468,6 +555,17 @@ PRESETS: dict[str, dict[str, TrainRun]] = {
         # the recording's length is unpublished; 10,000 is the floor of the released schedule
         "traffic": _ddlp(_TRAFFIC, batch_size=8, steps_per_epoch=10_000, warmup_epochs=3),
     },
+    "dlp": {
+        "debug": _DLP_DEBUG,
+        "small": _DLP_SMALL,
+        # 40,000 images
+        "shapes": _dlp(_DLP_SHAPES, steps_per_epoch=1_250, data="sim:shapes"),
+        # about 2,920 episodes of 100 frames
+        "obj3d": _dlp(_DLP_OBJ3D, steps_per_epoch=9_125),
+        "obj3d128": _dlp(_DLP_OBJ3D128, steps_per_epoch=9_125),
+        # the recording's length is unpublished; as many images as ddlp's preset takes clips per epoch
+        "traffic": _dlp(_DLP_TRAFFIC, steps_per_epoch=2_500),
+    },
     "iodine": {
         "debug": _IODINE_DEBUG,
         "small": _IODINE_SMALL,
@@ -568,6 +666,14 @@ ABOUT: dict[str, dict[str, str]] = {
         "phyre": "PHYRE at 128 pixels, the paper's 20 frames",
         "phyre-released": "PHYRE at 128 pixels, the released 15 frames",
         "traffic": "Traffic at 128 pixels, perceptual loss",
+    },
+    "dlp": {
+        "debug": "tiny DLPv2 for tests; seconds",
+        "small": "DLPv2 on 64-pixel shapes; about a quarter of an hour on one core",
+        "shapes": "random shapes at 64 pixels, with the proposal mixer",
+        "obj3d": "images of OBJ3D at 64 pixels",
+        "obj3d128": "images of OBJ3D at 128 pixels",
+        "traffic": "images of Traffic at 128 pixels",
     },
     "iodine": {
         "debug": "tiny IODINE for tests; seconds",

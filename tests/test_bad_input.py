@@ -201,6 +201,11 @@ FAILURES = {
         ["{run}", "of family ddlp", "provide or iodine"],
     ),
     "unknown simulator": ("train_ddlp.py debug --data sim:moons --out {out}", ["'moons'", "sim:balls-interaction"]),
+    # train_dlp.py
+    "frames of an image": (
+        "train_dlp.py small --out {out} --clip-frames 2",
+        ["clip_frames=2", "1 frame"],
+    ),
     # train_ssm.py
     "numbers of objects are missing": (
         "train_ssm.py debug --data {small} --out {out} --clip-frames 6",

@@ -27,6 +27,8 @@ HIDDEN = 256
 """Width of every MLP of the image model."""
 TRUNK_CHANNELS = 32
 """Maps between a trunk's CNN and its MLP, and of the first maps of the decoders."""
+MIXER_DIM = 64
+"""Numbers of a token of the proposal mixer that come from its glimpse, and as many from its position."""
 LOG_CONCENTRATION_RANGE = (-6.0, 6.0)
 """Bounds of log a and log b of the transparency's Beta distribution."""
 LOG_VAR_RANGE = (-12.0, 6.0)
@@ -111,7 +113,12 @@ class PatchPrior(nn.Module):
 
     Each P x P patch goes through a small CNN and a spatial softmax. ``filter``: "variance" keeps the smallest
     var_y + var_x + cov (the signed covariance, as in the authors' code), "distance" the furthest from the patch
-    centre, "random" a fresh permutation for every image. The order of the ranking is kept: the first K are anchors.
+    centre, "random" a fresh permutation for every image in training and always the same one in evaluation mode, where
+    answers must repeat. The order of the ranking is kept: the first K are anchors.
+    "none" keeps every proposal in the order of the patches, row by row; ``ProposalMixer`` makes anchors of them.
+
+    Raises:
+        ValueError: ``filter`` is "none" and ``num_proposals`` is not the number of patches.
     """
 
     def __init__(
@@ -120,10 +127,13 @@ class PatchPrior(nn.Module):
         patch_size: int,
         channels: Sequence[int],
         num_proposals: int,
-        filter: Literal["variance", "distance", "random"],
+        filter: Literal["variance", "distance", "random", "none"],
         in_channels: int = 3,
     ) -> None:
         super().__init__()
+        patches = (image_size // patch_size) ** 2
+        if filter == "none" and num_proposals != patches:
+            raise ValueError(f"without a filter all {patches} proposals are kept, got num_proposals={num_proposals}")
         self.image_size, self.patch_size = image_size, patch_size
         self.num_proposals, self.filter = num_proposals, filter
         self.cnn = PatchCNN(in_channels, channels, 1)
@@ -139,13 +149,80 @@ class PatchPrior(nn.Module):
         local = local.view(-1, per_axis * per_axis, 2)
         pixels = (local + 1) * (0.5 * (size - 1)) + origin
         position = pixels * (2 / (side - 1)) - 1
+        if self.filter == "none":
+            return position
         score = (variance.sum(-1) + covariance).view(-1, per_axis * per_axis)
         if self.filter == "distance":
             score = -local.square().sum(-1)
         elif self.filter == "random":
-            score = torch.rand_like(score)
+            score = torch.rand_like(score) if self.training else self._fixed_order(score)
         best = score.topk(self.num_proposals, dim=-1, largest=False, sorted=True).indices
         return position.gather(1, best.unsqueeze(-1).expand(-1, -1, 2))
+
+    @staticmethod
+    def _fixed_order(score: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+        """The same random numbers for every image."""
+        generator = torch.Generator().manual_seed(0)  # on the CPU, so that the order is that of every device
+        return torch.rand(score.shape[1], generator=generator, device="cpu").to(score).expand_as(score)
+
+
+class ProposalMixer(nn.Module):
+    r"""Makes K anchors of all N proposals: convex combinations, with weights from what each proposal looks at.
+
+    Each proposal is a token of 128 numbers, 64 from a CNN of the glimpse around it and 64 from its position. An
+    MLP-Mixer block (Tolstikhin et al., NeurIPS 2021) mixes tokens, then channels; anchor k is
+
+    .. math::  a_k = \sum_n w_{nk} p_n, \quad w_{\cdot k} = \mathrm{softmax}_n (\ell_{nk} + b_{nk})
+
+    with :math:`\ell` linear in the mixed tokens. The gradient reaches the proposals' positions and the glimpses' CNN.
+
+    The paper does not describe this part; the sizes of the tokens, the block and the softmax are the authors' code's.
+    Ours are the widths of the block's MLPs and the table b, without which all anchors start in the middle of the image
+    and see the same. It starts as :math:`-d^2 / 2` with d the distance of patch n, in patches, from the k-th of K
+    points spread over the image, so that each anchor begins with a place of its own and is free to leave it.
+    """
+
+    def __init__(
+        self, per_axis: int, num_particles: int, glimpse_size: int, channels: Sequence[int], in_channels: int = 3
+    ) -> None:
+        super().__init__()
+        proposals = per_axis**2
+        side = glimpse_size // 2 ** (len(channels) - 1)
+        self.cnn = PatchCNN(in_channels, channels, TRUNK_CHANNELS)
+        self.project_glimpse = nn.Linear(TRUNK_CHANNELS * side * side, MIXER_DIM)
+        self.project_position = nn.Linear(2, MIXER_DIM)
+        self.norm_tokens = nn.LayerNorm(2 * MIXER_DIM)
+        self.mix_tokens = MLP(proposals, proposals, proposals)
+        self.norm_channels = nn.LayerNorm(2 * MIXER_DIM)
+        self.mix_channels = MLP(2 * MIXER_DIM, HIDDEN, 2 * MIXER_DIM)
+        self.norm = nn.LayerNorm(2 * MIXER_DIM)
+        self.logits = nn.Linear(2 * MIXER_DIM, num_particles)
+        patches = torch.cartesian_prod(*[torch.arange(per_axis) + 0.5] * 2)  # row by row
+        distance = torch.cdist(patches, per_axis * spread_points(num_particles))
+        self.place = nn.Parameter(-0.5 * distance.square())
+
+    def forward(
+        self, glimpses: Float[Tensor, "b n c s s"], proposals: Float[Tensor, "b n 2"]
+    ) -> Float[Tensor, "b k 2"]:
+        """Anchors, inside the convex hull of the proposals; ``glimpses`` are those around the proposals."""
+        seen = self.project_glimpse(self.cnn(glimpses.flatten(0, 1)).flatten(1)).unflatten(0, glimpses.shape[:2])
+        tokens = torch.cat([seen, self.project_position(proposals)], dim=-1)
+        mixed = self.mix_tokens(self.norm_tokens(tokens).transpose(1, 2)).transpose(1, 2)
+        tokens = tokens + mixed
+        tokens = tokens + self.mix_channels(self.norm_channels(tokens))
+        logits = self.logits(self.norm(tokens)).float() + self.place
+        with torch.autocast(logits.device.type, enabled=False):  # bf16 would blur positions
+            return logits.softmax(1).transpose(1, 2) @ proposals
+
+
+def spread_points(count: int) -> Float[Tensor, "n 2"]:
+    """``count`` points (y, x) spread over the unit square: about sqrt(count) rows, each with points at even steps."""
+    rows = max(1, round(count**0.5))
+    points = []
+    for row in range(rows):
+        columns = count // rows + (row < count % rows)
+        points += [((row + 0.5) / rows, (column + 0.5) / columns) for column in range(columns)]
+    return torch.tensor(points)
 
 
 class GlimpseTrunk(nn.Module):

@@ -19,6 +19,7 @@ code that are mended here, because they change no architecture:
 - score maps are normalised by the particle's own template energy, not by that of the whole batch;
 - log-variances and log-concentrations are bounded (``LOG_VAR_RANGE``, ``LOG_CONCENTRATION_RANGE`` of the parts);
 - upsampling counts come from integer logarithms, and K = 1 works;
+- the proposal mixer (``proposal_filter="none"``) works for videos as for images, where the released code stops;
 - more particles than proposals, or proposals than patches, are refused instead of silently cut;
 - the encoder is deterministic wherever no noise is asked for, validation losses included.
 

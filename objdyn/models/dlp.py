@@ -32,6 +32,7 @@ from objdyn.layers.particles import (
     BackgroundEncoder,
     GlimpseDecoder,
     PatchPrior,
+    ProposalMixer,
     background_mask,
     compose,
     log2_exact,
@@ -53,11 +54,13 @@ class DLPConfig:
     num_particles: int = 10
     """Particles per frame (K)."""
     num_proposals: int = 12
-    """Keypoint proposals kept by the prior (L); at least K, at most the number of patches."""
+    """Keypoint proposals kept by the prior (L); at least K, at most the number of patches, and all with the filter
+    "none"."""
     patch_size: int = 8
     """Side of the prior's patches, in pixels (P)."""
-    proposal_filter: Literal["variance", "distance", "random"] = "variance"
-    """How the prior ranks its proposals."""
+    proposal_filter: Literal["variance", "distance", "random", "none"] = "variance"
+    """How the prior ranks its proposals, the first K of which are the anchors; with "none" a learned mixer makes K
+    anchors of all of them."""
     glimpse_ratio: float = 0.25
     """Side of a glimpse over the side of the frame; the glimpse in pixels is a power of two (S)."""
     feature_dim: int = 3
@@ -103,11 +106,13 @@ class DLPConfig:
         except ValueError:
             raise ValueError(
                 f"image_size and the glimpse (glimpse_ratio * (image_size - 1), rounded) must be powers of two, got "
-                f"{self.image_size} and {self.glimpse_size}; try image_size 64 or 128 with glimpse_ratio 0.25"
+                f"{self.image_size} and {self.glimpse_size}; supported are {supported_sizes()}"
             ) from None
         if self.glimpse_size < 8 or self.glimpse_size >= self.image_size:
-            raise ValueError(f"the glimpse must have 8 pixels or more and be smaller than the frame, got "
-                             f"{self.glimpse_size} of {self.image_size}; change glimpse_ratio")  # fmt: skip
+            raise ValueError(
+                f"the glimpse must have 8 pixels or more and be smaller than the frame, got {self.glimpse_size} of "
+                f"{self.image_size}; supported are {supported_sizes()}"
+            )
         halvings = len(self.prior_channels) - 1
         if self.image_size % self.patch_size != 0 or self.patch_size < 2 ** (halvings + 1):
             raise ValueError(
@@ -118,6 +123,11 @@ class DLPConfig:
             raise ValueError(
                 f"need 1 <= num_particles <= num_proposals <= number of patches ({self.num_patches} of "
                 f"{self.patch_size} pixels), got num_particles={self.num_particles}, num_proposals={self.num_proposals}"
+            )
+        if self.proposal_filter == "none" and self.num_proposals != self.num_patches:
+            raise ValueError(
+                f"proposal_filter 'none' keeps the proposals of all patches, so num_proposals must be "
+                f"{self.num_patches}, got {self.num_proposals}"
             )
         if len(self.encoder_channels) < 2 or self.image_size // 2 ** (len(self.encoder_channels) - 1) < 8:
             raise ValueError(
@@ -147,6 +157,14 @@ class DLPConfig:
     def num_patches(self) -> int:
         """Patches of the prior (N)."""
         return (self.image_size // self.patch_size) ** 2
+
+
+def supported_sizes() -> str:
+    """The frames from 32 to 256 pixels and, for each, the ratios whose glimpse is a power of two from 8 pixels on."""
+    sizes = {size: [ratio for ratio in (0.5, 0.25, 0.125, 0.0625) if ratio * size >= 8] for size in (32, 64, 128, 256)}
+    return ", ".join(
+        f"image_size {size} with glimpse_ratio {' or '.join(map(str, ratios))}" for size, ratios in sizes.items()
+    )
 
 
 class Particles(NamedTuple):
@@ -218,6 +236,10 @@ class DLP(nn.Module):
         c = config
         self.config = config
         self.prior = PatchPrior(c.image_size, c.patch_size, c.prior_channels, c.num_proposals, c.proposal_filter)
+        self.mixer = None
+        if c.proposal_filter == "none":
+            per_axis = c.image_size // c.patch_size
+            self.mixer = ProposalMixer(per_axis, c.num_particles, c.glimpse_size, c.prior_channels)
         self.attribute_encoder = AttributeEncoder(c.glimpse_size, c.prior_channels, c.use_score_map)
         self.appearance_encoder = AppearanceEncoder(
             c.glimpse_size, c.prior_channels, c.feature_dim, c.initial_feature_log_var
@@ -325,11 +347,18 @@ class DLP(nn.Module):
 
     def _refine(self, frames: Tensor, proposals: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
         """First pass of the attribute encoder: anchors moved to what they see, and the scale to look with next."""
-        c = self.config
         fixed_scale = self._fixed_scale(frames)
-        anchor = proposals[:, : c.num_particles]
+        anchor = self._anchors(frames, proposals)
         refine = self.attribute_encoder(self._cut(frames, anchor.detach(), fixed_scale))
         return anchor + refine.position, fixed_scale if stage.noisy else refine.scale.detach().sigmoid()
+
+    def _anchors(self, frames: Tensor, proposals: Tensor) -> Float[Tensor, "n k 2"]:
+        """The K best proposals, or what the mixer makes of all; the gradient goes on into the prior."""
+        c = self.config
+        if self.mixer is None:
+            return proposals[:, : c.num_particles]
+        scale = frames.new_full(proposals.shape, c.glimpse_size / c.image_size)
+        return self.mixer(self._cut(frames, proposals.detach(), scale), proposals)
 
     def _fixed_scale(self, frames: Tensor) -> Float[Tensor, "n k 2"]:
         c = self.config

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from objdyn.clips import Clip
-from objdyn.simulators import balls, bouncing_balls, cannonballs, clevrer
+from objdyn.simulators import balls, bouncing_balls, cannonballs, clevrer, shapes
 
 
 @runtime_checkable
@@ -96,6 +96,7 @@ _cannonballs = _configurable(cannonballs.parse, cannonballs.episodes, cannonball
 _clevrer = _configurable(
     clevrer.parse, clevrer.episodes, lambda _: clevrer.EPISODES_PER_SPLIT, lambda options: options.fps
 )
+_shapes = _configurable(shapes.parse, shapes.episodes, lambda _: shapes.EPISODES_PER_SPLIT, shapes.FPS)
 
 SIMULATORS = {
     "balls-interaction": Simulator(
@@ -110,6 +111,7 @@ SIMULATORS = {
     "bouncing-balls": _bouncing_balls("", None),
     "cannonballs": _cannonballs("", None),
     "clevrer-sim": _clevrer("", None),
+    "shapes": _shapes("", None),
 }
 """Simulators by name, with their default options; see :func:`simulator`."""
 
