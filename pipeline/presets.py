@@ -184,7 +184,9 @@ _DLP_SHAPES = DLPConfig(
     use_score_map=False,
     kl_weight=0.05,
 )
-_DLP_OBJ3D = DLPConfig(num_particles=12, num_proposals=16, feature_dim=8, background_dim=8, kl_weight=40.0)
+_DLP_OBJ3D = DLPConfig(
+    num_particles=12, num_proposals=16, feature_dim=8, background_dim=8, recon_loss="vgg", kl_weight=40.0
+)
 _DLP_OBJ3D128 = replace(
     _DLP_OBJ3D,
     image_size=128,

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pytest
 import torch
@@ -114,7 +114,10 @@ def test_invisible_particles_leave_the_background() -> None:
     torch.testing.assert_close(result.video, background)
 
 
-def particles(n: int = 3, k: int = 4, spread: float = 0.8) -> tuple[torch.Tensor, ...]:
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def particles(n: int = 3, k: int = 4, spread: float = 0.8) -> Inputs:
     """Glimpses, position, scale, depth, transparency and a background, which all want a gradient."""
     g = torch.Generator().manual_seed(0)
 
@@ -129,7 +132,9 @@ def particles(n: int = 3, k: int = 4, spread: float = 0.8) -> tuple[torch.Tensor
         uniform(n, k),
         uniform(n, 3, 32, 32),
     )
-    return tuple(field.requires_grad_(True) for field in fields)
+    for field in fields:
+        field.requires_grad_(True)
+    return fields
 
 
 @pytest.mark.parametrize("n", [1, 8, 19])
@@ -146,7 +151,8 @@ def test_composing_a_few_frames_at_a_time_equals_full_canvases_with_all_gradient
     torch.manual_seed(0)
     if noise:  # the same draws: noise is drawn a few frames at a time
         pieces = zip(*(field.split(COMPOSED_AT_ONCE) for field in inputs), strict=True)
-        slow = outcome(torch.cat([textbook_ddlp.stitch(*piece, alpha_noise=noise).video for piece in pieces]))
+        drawn = [textbook_ddlp.stitch(*cast(Inputs, piece), alpha_noise=noise).video for piece in pieces]
+        slow = outcome(torch.cat(drawn))
     else:
         slow = outcome(textbook_ddlp.stitch(*inputs).video)
         torch.testing.assert_close(stitch(*inputs).video, slow[0])

@@ -466,8 +466,9 @@ def test_long_futures_are_decoded_a_few_frames_at_a_time(components: bool, monke
         whole = model.decode(latents, components=components)
         monkeypatch.setattr(dlp, "FRAMES_AT_ONCE", 3)
         at_once: list[int] = []
-        stitch = dlp.stitch
-        monkeypatch.setattr(dlp, "stitch", lambda *a, **k: at_once.append(len(a[0])) or stitch(*a, **k))
+        name = "stitch" if components else "compose"
+        original = getattr(dlp, name)
+        monkeypatch.setattr(dlp, name, lambda *a, **k: at_once.append(len(a[0])) or original(*a, **k))
         pieces = model.decode(latents, components=components)
     assert at_once == [3, 3, 3, 1]  # 2 clips of 5 frames
     for a, b in zip(whole, pieces, strict=True):
