@@ -2,9 +2,9 @@
 
 ``frames`` uint8 (t, h, w) are classes of colour, row 0 at the *bottom*; ``objects`` float32 (t, n, 14) are x, y, angle
 and diameter in units of the frame's side, four columns that name the shape and six that name the colour. Other arrays
-(``action``, ``solved``) are not read. Frames are made with PHYRE's palette; ``Preprocessing.inverted`` turns the colours
-into those of DDLP's data, ``drop_last`` and ``pad_to`` trim as DDLP does, which drops the last 30 frames (the three
-seconds after success, in which little moves) and repeats the last one left until there are 100.
+(``action``, ``solved``) are not read. Frames are made with PHYRE's palette; ``Preprocessing.inverted`` turns it into
+that of DDLP's data, ``drop_last`` and ``pad_to`` trim as DDLP does, which drops the last 30 frames (the three seconds
+after success, in which little moves) and repeats the last one left until there are 100.
 
 Arrays are read from the archive one by one, their size known before memory is taken, and never by pickle.
 """
@@ -82,7 +82,7 @@ def read(
     points[..., 1] = height - points[..., 1]  # y up becomes y down
     coordinates = preprocessing.positions(points, height, width)
     x0, y0, x1, y1 = preprocessing.box(height, width)
-    present = ((points >= (x0, y0)) & (points <= (x1, y1))).all(axis=-1)
+    present: np.ndarray = np.logical_and(points >= (x0, y0), points <= (x1, y1)).all(axis=-1)
     labels = np.zeros(len(PALETTE), np.uint8)
     labels[colours] = np.arange(1, len(colours) + 1)
     distinct = len(set(colours.tolist())) == len(colours)

@@ -83,14 +83,18 @@ class Preprocessing:
         return range(start, start + self.span, self.stride)
 
     def order(self, num_frames: int) -> np.ndarray:
-        """Frames of a video of ``num_frames`` that it shows once trimmed, int64 (n,): none, or all to the last but
-        ``drop_last``, which is repeated as ``pad_to`` asks."""
+        """Frames of a video of ``num_frames`` that it shows once trimmed, int64 (n,).
+
+        The last ``drop_last`` are left out, then the last one is repeated as ``pad_to`` asks; empty if none is left.
+        """
         left = max(0, num_frames - self.drop_last)
         return np.minimum(np.arange(max(left, self.pad_to) if left else 0), left - 1)
 
     def starts(self, num_frames: int) -> range:
-        """First frames of the clips that a video of ``num_frames`` holds; empty if it is too short for one. They count
-        frames of the trimmed video, see ``order``."""
+        """First frames of the clips that a video of ``num_frames`` holds; empty if it is too short for one.
+
+        They count frames of the trimmed video, see ``order``.
+        """
         shown = len(self.order(num_frames))
         end = shown if self.stop is None else min(shown, self.stop)
         return range(self.start, end - self.span + 1, self.hop or self.frames * self.stride)
