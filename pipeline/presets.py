@@ -134,9 +134,9 @@ _SMALL = TrainRun(
     eval_clips=16,
     checkpoint_every=300,
 )
-# The same on recordings. Real cars are textured and grow on their way, so more features and particles; PHYRE's thin bars
-# on black take more particles than balls do, and its layouts, which differ from clip to clip, a wider background.
-# Hundreds of clips of one recording, or of 80 scenes, are learnt in fewer steps than an endless simulator.
+# The same on recordings, as a start for real data. Real cars are textured and grow on their way: more features and
+# particles, a wider prior of the scale. PHYRE's bars take more particles than balls do, and its layouts, which differ
+# from clip to clip, a wider background. A few hundred clips are learnt in fewer steps than an endless simulator.
 _RECORDED_SMALL = replace(_SMALL, data="", steps=2_400, optim=replace(_SMALL.optim, decay_steps=600), eval_every=400)
 _ROAD_SMALL = replace(
     _RECORDED_SMALL,
