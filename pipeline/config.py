@@ -552,6 +552,12 @@ class QuickstartRun:
             )
 
 
+LayoutName = Literal[
+    "videos", "frames", "npy", "phyre", "gswm-hdf5", "rnem-hdf5", "webdataset", "clevrer", "towers"
+]  # fmt: skip
+"""How the videos of a source are stored, see ``objdyn.datasets.LAYOUTS``."""
+
+
 @dataclass(frozen=True)
 class ShardRun:
     """One split of a dataset, made from videos: WebDataset tars, index.parquet, manifest.json, quarantine.parquet."""
@@ -560,23 +566,27 @@ class ShardRun:
     """Folder, file or s3:// URL of the videos, or ``sim:NAME``, or ``sim:NAME:KEY=VALUE,KEY=VALUE``."""
     out: str
     """Dataset folder or s3:// URL; the split gets a folder inside it."""
-    layout: Literal["videos", "frames", "gswm-hdf5", "rnem-hdf5", "webdataset", "clevrer", "towers"] = "videos"
-    """What the source holds: video files, a folder of numbered images per video, G-SWM's HDF5, R-NEM's HDF5, tars of
-    video files, CLEVRER's video_00000.mp4 with annotation_00000.json and more beside it at any depth, block towers in
-    either of the first two ways."""
+    layout: LayoutName = "videos"
+    """What the source holds: video files, a folder of numbered images per video, an uint8 array (n, h, w, 3) in a .npy
+    file per video, roll-outs of PHYRE's simulator in .npz files, G-SWM's HDF5, R-NEM's HDF5, tars of video files,
+    CLEVRER's video_00000.mp4 with annotation_00000.json and more beside it at any depth, block towers in either of the
+    first two ways."""
     split: str = "train"
     """Name of the split; of a simulator, which of its splits; of clevrer, where the source holds several, which of
-    train, val and test; of towers, train or test: 393 or 100 of 493 videos, drawn with the seed."""
+    train, val and test; of towers, train or test: 393 or 100 of 493 videos, drawn with the seed; of npy without start
+    and stop, the first 80 % of a recording for train, the next 10 % for val, the rest for test, all for other names."""
     video_range: str = ""
     """FIRST-LAST: of clevrer, the videos of these numbers are the split, such as 11000-11999, DDLP's test videos."""
     clips: Literal["whole", "provide", "ddlp"] = "whole"
     """Where clips are cut: all over the video, from start to stop; or, of clevrer, one clip where all objects come into
     view, of videos in which they stay for 40 frames (PROVIDE's test); or frames 18 to 117 (DDLP)."""
     min_objects: int | None = None
-    """Of clevrer, leave out videos with fewer annotated objects. With max_objects, a dataset per number of objects,
-    as PROVIDE groups its test videos."""
+    """Of clevrer and phyre, leave out videos with fewer annotated objects. With max_objects, a dataset per number of
+    objects, as PROVIDE groups its test videos."""
     max_objects: int | None = None
-    """Of clevrer, leave out videos with more annotated objects, such as the slots of a model hold; None takes all."""
+    """Of clevrer and phyre, leave out videos with more annotated objects, such as the slots of a model hold; None takes
+    all. Of phyre those that never move count, too: 11 leaves out the five templates that DDLP leaves out (12, 13, 16,
+    20, 21)."""
     frames: int = 20
     """Frames of a clip."""
     stride: int = 1
@@ -586,7 +596,17 @@ class ShardRun:
     start: int = 0
     """First source frame of the first clip of a video."""
     stop: int | None = None
-    """Source frame before which the last clip of a video ends, to split videos by time; None is the video's end."""
+    """Source frame before which the last clip of a video ends, to split videos by time; None is the video's end, of
+    phyre at most frame 100."""
+    drop_last: int | None = None
+    """Of frames and phyre, frames left out at the end of a video. None is 30 of phyre, where little moves in the three
+    seconds after success, and 0 of frames."""
+    pad_to: int | None = None
+    """Of frames and phyre, repeat a shorter video's last frame until it has so many; 0 repeats none. None is 100 of
+    phyre, but 0 in its split train, whose clips shall not run past the true end, and 0 of frames."""
+    colours: Literal["auto", "own", "inverted"] = "auto"
+    """Of frames and phyre, the source's colours, or 255 - v with red and blue swapped, which is how DDLP has PHYRE, so
+    that its white background becomes black. Auto is inverted of phyre, own of frames."""
     crop: str = ""
     """x0,y0,x1,y1 in source pixels, x1 and y1 outside; empty keeps the whole frame."""
     fit: Literal["squeeze", "center-crop"] = "squeeze"
@@ -642,15 +662,19 @@ class ShardRun:
             raise ValueError(f"max_quarantined is a share in [0, 1], got {self.max_quarantined}")
         if (self.min_objects or 0) > (self.max_objects or math.inf):
             raise ValueError(f"min_objects {self.min_objects} is more than max_objects {self.max_objects}")
-        asked = {
-            "video_range": self.video_range,
-            "clips": self.clips != "whole",
-            "min_objects": self.min_objects,
-            "max_objects": self.max_objects,
-        }
-        if self.layout != "clevrer" and any(asked.values()):
-            name = next(name for name, value in asked.items() if value)
-            raise ValueError(f"{name} is for layout 'clevrer', got layout {self.layout!r}")
+        objects, trims = ("clevrer", "phyre"), ("frames", "phyre")
+        for name, asked, layouts in (
+            ("video_range", self.video_range, ("clevrer",)),
+            ("clips", self.clips != "whole", ("clevrer",)),
+            ("min_objects", self.min_objects, objects),
+            ("max_objects", self.max_objects, objects),
+            ("drop_last", self.drop_last, trims),
+            ("pad_to", self.pad_to, trims),
+            ("colours", self.colours != "auto", trims),
+        ):
+            if asked and self.layout not in layouts:
+                wanted = " or ".join(map(repr, layouts))
+                raise ValueError(f"{name} is for layout {wanted}, got layout {self.layout!r}")
         if self.clips != "whole" and (self.start, self.stop) != (0, None):
             raise ValueError(f"clips={self.clips!r} says where clips start and stop; leave start and stop as they are")
         if self.clips == "provide" and self.hop is not None:
@@ -691,8 +715,10 @@ class ShardRun:
             ValueError: one of them is impossible.
         """
         from objdyn.datasets.clevrer import DDLP_FRAMES
+        from objdyn.datasets.phyre import DROP_LAST, PAD_TO
         from objdyn.datasets.preprocessing import Preprocessing
 
+        phyre = self.layout == "phyre"
         corners: tuple[int, int, int, int] | None = None
         if self.crop:
             if not re.fullmatch(r"\d+,\d+,\d+,\d+", self.crop):
@@ -700,6 +726,13 @@ class ShardRun:
             x0, y0, x1, y1 = (int(number) for number in self.crop.split(","))
             corners = (x0, y0, x1, y1)
         start, stop = DDLP_FRAMES if self.clips == "ddlp" else (self.start, self.stop)
+        if phyre and stop is None:
+            stop = PAD_TO
+        drop_last, pad_to = self.drop_last, self.pad_to
+        if drop_last is None:
+            drop_last = DROP_LAST if phyre else 0
+        if pad_to is None:
+            pad_to = PAD_TO if phyre and self.split != "train" else 0
         return Preprocessing(
             frames=self.frames,
             stride=self.stride,
@@ -710,6 +743,9 @@ class ShardRun:
             fit=self.fit,
             filter=self.filter,
             size=self.size,
+            drop_last=drop_last,
+            pad_to=pad_to,
+            inverted=self.colours == "inverted" or (self.colours == "auto" and phyre),
         )
 
 
@@ -891,7 +927,7 @@ class DoctorRun:
     """Dataset folder or s3:// URL that is to be trained on; empty skips that."""
     out: str = ""
     """Folder or s3:// URL that must be writable; empty takes the folder of runs, ~/objdyn/runs."""
-    layout: Literal["videos", "frames", "gswm-hdf5", "rnem-hdf5", "webdataset", "clevrer", "towers"] = "videos"
+    layout: LayoutName = "videos"
     """What the source holds, as for make_shards.py."""
     frames: int = 20
     """Frames of a clip, for estimating the dataset that the source gives; their size is the preset's."""

@@ -457,7 +457,7 @@ def check_source(case: Case) -> Iterator[Finding]:
     if sample.unfinished:
         late = f"not done when the {case.run.sample_seconds:g} s of --sample-seconds were over"
         faults.append(f"{sample.unfinished}: {late}")
-    kind = "videos" if run.layout in ("videos", "frames", "clevrer", "towers") else f"files of {run.layout}"
+    kind = "videos" if run.layout not in ("gswm-hdf5", "rnem-hdf5", "webdataset") else f"files of {run.layout}"
     text = f"{len(read)} of {len(read) + len(faults)} sampled videos decode; there are {sample.files:,} {kind} and "
     text += f"{sample.ignored:,} other files"
     if read:

@@ -145,6 +145,34 @@ _SMALL = TrainRun(
     eval_clips=16,
     checkpoint_every=300,
 )
+# The same on recordings, as a start for real data. Real cars are textured and grow on their way: more features and
+# particles, a wider prior of the scale. PHYRE's bars take more particles than balls do, and its layouts, which differ
+# from clip to clip, a wider background. A few hundred clips are learnt in fewer steps than an endless simulator.
+_RECORDED_SMALL = replace(_SMALL, data="", steps=2_400, optim=replace(_SMALL.optim, decay_steps=600), eval_every=400)
+_ROAD_SMALL = replace(
+    _RECORDED_SMALL,
+    model=replace(
+        _SMALL.model,
+        num_particles=10,
+        num_proposals=20,
+        feature_dim=6,
+        background_dim=6,
+        scale_std=0.2,
+        noisy_steps=540,
+    ),
+)
+_PHYRE_SMALL = replace(
+    _RECORDED_SMALL,
+    model=replace(
+        _SMALL.model,
+        num_particles=12,
+        num_proposals=24,
+        feature_dim=4,
+        background_dim=8,
+        scale_std=0.2,
+        noisy_steps=540,
+    ),
+)
 _QUICKSTART = replace(
     _SMALL,
     model=replace(_SMALL.model, max_frames=6, noisy_steps=600, ramp_steps=400),
@@ -534,6 +562,8 @@ PRESETS: dict[str, dict[str, TrainRun]] = {
         "quickstart": _QUICKSTART,
         "small": _SMALL,
         "debug-vgg": replace(_DEBUG, model=replace(_DEBUG.model, recon_loss="vgg", kl_weight=40.0)),
+        "road-small": _ROAD_SMALL,
+        "phyre-small": _PHYRE_SMALL,
         # 5,000 episodes of 100 frames, batch 32: 80 windows of 21 frames, 90 of 11
         "balls": _ddlp(_BALLS, batch_size=32, steps_per_epoch=12_500, data="sim:balls-interaction"),
         "balls-released": _ddlp(_BALLS_RELEASED, batch_size=32, steps_per_epoch=14_062, data="sim:balls-interaction"),
@@ -658,6 +688,8 @@ ABOUT: dict[str, dict[str, str]] = {
         "quickstart": "DDLP on 64-pixel balls; about 4 minutes on 2 cores",
         "small": "DDLP on 64-pixel balls; about 30 minutes on 2 cores",
         "debug-vgg": "tiny DDLP with the perceptual loss, for tests",
+        "road-small": "DDLP on 64-pixel clips of one real road (--data); about 25 minutes on 2 cores",
+        "phyre-small": "DDLP on 64-pixel PHYRE roll-outs (--data); about 25 minutes on 2 cores",
         "balls": "Balls-Interaction as in the paper (10 particles, 20 frames)",
         "balls-released": "Balls-Interaction as in the released settings (6 particles, 10 frames)",
         "balls-no-tracking": "the paper's ablation of balls: every frame encoded by the single-image model",

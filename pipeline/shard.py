@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from objdyn.clips import Clip, to_sample
-from objdyn.datasets import LAYOUTS, Cut, Fault, Found, Limits, Preprocessing, Video, VideoError, clevrer
+from objdyn.datasets import LAYOUTS, Cut, Fault, Found, Limits, Preprocessing, Video, VideoError, clevrer, npy
 from objdyn.simulators import Simulator, simulator
 from pipeline import failpoints, isolate, store
 from pipeline.config import ShardRun
@@ -282,11 +282,17 @@ def _starts(run: ShardRun, preprocessing: Preprocessing, video: Video) -> range:
             )
     if run.clips == "provide":
         return clevrer.provide_starts(video, preprocessing)
-    if starts := preprocessing.starts(video.frames):
+    frames, start, which = len(preprocessing.order(video.frames)), preprocessing.start, ""
+    starts = preprocessing.starts(video.frames)
+    if run.layout == "npy" and (run.start, run.stop) == (0, None):
+        start, stop = npy.span_of(run.split, frames)
+        which = f", of which {run.split} has {start} to {stop - 1}" if stop > start else f", none of them {run.split}"
+        starts = range(start, stop - preprocessing.span + 1, starts.step)
+    if starts:
         return starts
-    need, start = preprocessing.start + preprocessing.span, preprocessing.start
-    wanted = f"{run.frames} with stride {run.stride} from frame {start} on need {need}"
-    raise VideoError("too-short", f"{video.frames} frames; {wanted}")
+    left = f" without the last {preprocessing.drop_last}" if preprocessing.drop_last else ""
+    wanted = f"{run.frames} with stride {run.stride} from frame {start} on need {start + preprocessing.span}"
+    raise VideoError("too-short", f"{frames} frames{left}{which}; {wanted}")
 
 
 def clips_per_shard(run: ShardRun) -> int:
@@ -837,6 +843,9 @@ def _settings(run: ShardRun, source: str) -> dict[str, Any]:
             "hop": preprocessing.hop or run.frames * run.stride,
             "start": preprocessing.start,
             **({} if preprocessing.stop is None else {"stop": preprocessing.stop}),
+            **({"drop_last": preprocessing.drop_last} if preprocessing.drop_last else {}),
+            **({"pad_to": preprocessing.pad_to} if preprocessing.pad_to else {}),
+            **({"colours": "inverted"} if preprocessing.inverted else {}),
             **({} if run.clips == "whole" else {"clips": run.clips}),
             **({"video_range": run.video_range} if run.video_range else {}),
             **({} if run.min_objects is None else {"min_objects": run.min_objects}),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from objdyn.clips import NO_LIMITS, Clip, Limits, VideoError
-from objdyn.datasets import clevrer, frames, gswm_hdf5, rnem_hdf5, towers, videos, webdataset
+from objdyn.datasets import clevrer, frames, gswm_hdf5, npy, phyre, rnem_hdf5, towers, videos, webdataset
 from objdyn.datasets.preprocessing import Preprocessing
 from objdyn.datasets.sources import Cut, Fault, Found, Open, Video
 
@@ -72,6 +72,8 @@ LAYOUTS = {
     "frames": Layout(
         frames.find, None, frames.probe, frames.read, f"folders of numbered images {', '.join(frames.EXTENSIONS)}"
     ),
+    "npy": Layout(npy.find, None, npy.probe, npy.read, "files .npy"),
+    "phyre": Layout(phyre.find, None, phyre.probe, phyre.read, "files .npz"),
     "gswm-hdf5": Layout(
         gswm_hdf5.find, gswm_hdf5.scan, gswm_hdf5.probe, gswm_hdf5.read, f"files {', '.join(gswm_hdf5.EXTENSIONS)}"
     ),

@@ -69,17 +69,18 @@ def read(
     fps: float = 1.0,
     limits: Limits = NO_LIMITS,
 ) -> Iterator[Clip]:
-    """Decode and cut clips; images have no rate, so ``fps`` is recorded.
+    """Decode and cut clips of the trimmed video; images have no rate, so ``fps`` is recorded.
 
     Raises:
         ValueError: an image does not decode, or the crop leaves it.
     """
+    order = preprocessing.order(len(video.files))
     yield from cut_clips(
         video,
         cuts,
         preprocessing,
         fps,
-        lambda wanted: ((i, _image(video.files[i], open_file, limits)) for i in sorted(wanted)),
+        lambda wanted: ((i, _image(video.files[order[i]], open_file, limits)) for i in sorted(wanted)),
     )
 
 

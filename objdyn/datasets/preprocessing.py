@@ -42,6 +42,12 @@ class Preprocessing:
     """One of ``FILTERS``."""
     size: int | None = 64
     """Height and width of the stored frames; None keeps the source's."""
+    drop_last: int = 0
+    """Frames left out at the end of a video, before any clip is cut."""
+    pad_to: int = 0
+    """Frames that a video has at least: its last one left is repeated until there are so many; 0 repeats none."""
+    inverted: bool = False
+    """Whether colours become 255 - v with red and blue swapped, which is how DDLP has PHYRE: white becomes black."""
 
     def __post_init__(self) -> None:
         for name in ("frames", "stride", "hop", "size"):
@@ -50,8 +56,9 @@ class Preprocessing:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.size == 1:
             raise ValueError("size must be at least 2, got 1")
-        if self.start < 0:
-            raise ValueError(f"start must be 0 or more, got {self.start}")
+        for name in ("start", "drop_last", "pad_to"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.stop is not None and self.stop < self.start + self.span:
             raise ValueError(
                 f"a clip spans {self.span} frames, so from start={self.start} stop must be {self.start + self.span} "
@@ -75,9 +82,21 @@ class Preprocessing:
         """Source frames that a clip keeps."""
         return range(start, start + self.span, self.stride)
 
+    def order(self, num_frames: int) -> np.ndarray:
+        """Frames of a video of ``num_frames`` that it shows once trimmed, int64 (n,).
+
+        The last ``drop_last`` are left out, then the last one is repeated as ``pad_to`` asks; empty if none is left.
+        """
+        left = max(0, num_frames - self.drop_last)
+        return np.minimum(np.arange(max(left, self.pad_to) if left else 0), left - 1)
+
     def starts(self, num_frames: int) -> range:
-        """First frames of the clips that a video of ``num_frames`` holds; empty if it is too short for one."""
-        end = num_frames if self.stop is None else min(num_frames, self.stop)
+        """First frames of the clips that a video of ``num_frames`` holds; empty if it is too short for one.
+
+        They count frames of the trimmed video, see ``order``.
+        """
+        shown = len(self.order(num_frames))
+        end = shown if self.stop is None else min(shown, self.stop)
         return range(self.start, end - self.span + 1, self.hop or self.frames * self.stride)
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -96,12 +115,13 @@ class Preprocessing:
         return x0, y0, x1, y1
 
     def apply(self, image: np.ndarray) -> np.ndarray:
-        """Crop and resize one frame, uint8 (h, w, 3)."""
+        """Crop and resize one frame, uint8 (h, w, 3), then invert its colours where asked; or labels, uint8 (h, w)."""
         x0, y0, x1, y1 = self.box(*image.shape[:2])
         size = (x1 - x0, y1 - y0) if self.size is None else (self.size, self.size)
-        if size == (x1 - x0, y1 - y0):
-            return image[y0:y1, x0:x1]
-        return np.asarray(Image.fromarray(image[y0:y1, x0:x1]).resize(size, FILTERS[self.filter]))
+        image = image[y0:y1, x0:x1]
+        if size != (x1 - x0, y1 - y0):
+            image = np.asarray(Image.fromarray(image).resize(size, FILTERS[self.filter]))
+        return 255 - image[..., ::-1] if self.inverted and image.ndim == 3 else image
 
     def positions(self, points: np.ndarray, height: int, width: int) -> np.ndarray:
         """Turn points (..., 2) from source pixels to coordinates in the stored frames.

@@ -98,3 +98,30 @@ def test_limits_refuse_before_the_pixels_are_decoded(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"a/2\.png: its frames are 5000x5000 pixels") as caught:
         frames.probe(found, opener(tmp_path), Limits(pixels=24))
     assert caught.value.code == "too-large"
+
+
+def test_obj3d_folders_are_read_in_order_and_a_truncated_image_is_named(tmp_path: Path) -> None:
+    names = [f"train/{clip}/test_{i}.png" for clip in (2, 10) for i in range(100)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        i = int(name.split("_")[1].removesuffix(".png"))
+        Image.fromarray(np.full((4, 4, 4), (i, 0, 200, 30), np.uint8)).save(tmp_path / name)  # RGBA, as OBJ3D has
+    found = frames.find(sorted(names))
+    assert [video.source for video in found.videos] == ["train/2", "train/10"]
+    video = frames.probe(found.videos[0], opener(tmp_path))
+    (clip,) = frames.read(video, opener(tmp_path), [Cut("k", 0)], Preprocessing(100, size=None))
+    assert clip.frames.shape == (100, 4, 4, 3)
+    assert clip.frames[:, 0, 0].tolist() == [[i, 0, 200] for i in range(100)]
+    path = tmp_path / "train/10/test_57.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(VideoError, match=r"train/10/test_57\.png is no image that decodes"):
+        frames.probe(found.videos[1], opener(tmp_path))
+
+
+def test_trimmed_folders_repeat_the_last_frame_that_is_left(tmp_path: Path) -> None:
+    names = [f"a/{i}.png" for i in range(6)]
+    write_images(tmp_path, names)
+    video = frames.probe(frames.find(names).videos[0], opener(tmp_path))
+    trimmed = Preprocessing(5, size=None, drop_last=2, pad_to=7, inverted=True)
+    (clip,) = frames.read(video, opener(tmp_path), [Cut("k", 2)], trimmed)
+    assert clip.frames[:, 0, 0, 0].tolist() == [235, 225, 225, 225, 225]

@@ -91,3 +91,26 @@ def test_impossible_settings_are_refused(changes: dict[str, object], message: st
 def test_crop_outside_of_the_frame_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves the frame, which is 8 wide and 6 high"):
         Preprocessing(1, crop=(0, 0, 9, 6)).apply(np.zeros((6, 8, 3), np.uint8))
+
+
+def test_trimming_drops_the_end_then_repeats_what_is_last() -> None:
+    trimmed = Preprocessing(2, drop_last=3, pad_to=6)
+    assert trimmed.order(12).tolist() == list(range(9))
+    assert trimmed.order(7).tolist() == [0, 1, 2, 3, 3, 3]
+    assert trimmed.order(3).tolist() == []  # nothing is left that could be repeated
+    assert list(trimmed.starts(7)) == [0, 2, 4]
+    assert list(Preprocessing(2, drop_last=3, pad_to=6, stop=5).starts(7)) == [0, 2]
+    assert Preprocessing(2).order(4).tolist() == [0, 1, 2, 3]
+
+
+def test_inverted_colours_are_those_of_the_resized_frame_and_labels_stay() -> None:
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    plain, inverted = Preprocessing(1, size=2), Preprocessing(1, size=2, inverted=True)
+    assert np.array_equal(inverted.apply(image), 255 - plain.apply(image)[..., [2, 1, 0]])
+    assert np.array_equal(inverted.apply(image[..., 0]), plain.apply(image[..., 0]))
+
+
+@pytest.mark.parametrize("name", ["start", "drop_last", "pad_to"])
+def test_negative_numbers_of_frames_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be 0 or more, got -1"):
+        Preprocessing(2, **{name: -1})
