@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -112,5 +114,6 @@ def test_inverted_colours_are_those_of_the_resized_frame_and_labels_stay() -> No
 
 @pytest.mark.parametrize("name", ["start", "drop_last", "pad_to"])
 def test_negative_numbers_of_frames_are_refused(name: str) -> None:
+    changes: dict[str, Any] = {name: -1}
     with pytest.raises(ValueError, match=f"{name} must be 0 or more, got -1"):
-        Preprocessing(2, **{name: -1})
+        Preprocessing(2, **changes)
