@@ -279,7 +279,7 @@ def test_the_manifest_tells_what_was_done(make_run: Callable[..., ExtractRun], c
         assert part[table]["bytes"] == path.stat().st_size
         assert part[table]["rows"] == pq.read_metadata(path).num_rows
     found = tables.provenance_of(pq.read_schema(Path(run.out, "frames", "shard-00001.parquet")))
-    assert found == ("frames", module._plan(run, run.out)[0].provenance)
+    assert found == ("frames", module.plan(run, run.out)[0].provenance)
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -549,7 +549,7 @@ def test_a_folder_from_before_there_were_extras_goes_on(make_run: Callable[..., 
     extract(run)
     path = Path(run.out, "settings.json")
     later = module.LATER_SETTINGS
-    settings = {name: value for name, value in module._plan(run, run.out)[0].settings.items() if name not in later}
+    settings = {name: value for name, value in module.plan(run, run.out)[0].settings.items() if name not in later}
     path.write_bytes(store.sealed_json(settings))
     extract(run)
     with pytest.raises(ValueError, match=r"with extras \[\], but this run has extras \['masks'\]; choose"):
