@@ -18,6 +18,6 @@ if __name__ == "__main__":
     main(
         what_if,
         WhatIfRun,
-        description="Edit an object in the first frames of one clip and predict what follows: a film (truth, predicted, "
-        "what-if) and the tables of both predictions. Many edits at once: jobs/extract.py --edits FILE.",
+        description="Edit an object in the first frames of one clip and predict what follows: a film (truth, "
+        "predicted, what-if) and the tables of both predictions. Many edits at once: jobs/extract.py --edits FILE.",
     )

@@ -454,7 +454,7 @@ class WhatIfRun:
     out: str
     """Folder or s3:// URL that gets what-if.mp4 and the tables of both predictions."""
     select: str
-    """Which particles: ``cluster:y,x`` (all on the object there), ``nearest:y,x``, ``index:3`` or ``index:1,4``, all."""
+    """Which particles: ``cluster:y,x`` (all on the object there), ``nearest:y,x``, ``index:1,4`` or ``all``."""
     move: str = ""
     """``dy,dx`` in [-1, 1] units, y down, as ``0.2,0``; write ``--move=-0.2,0`` where it begins with a minus."""
     scale: float = 1.0
@@ -503,15 +503,15 @@ class WhatIfRun:
             y, x = map(float, self.move.split(",")) if self.move else (0.0, 0.0)
         except ValueError:
             raise ValueError(f"move is dy,dx, as 0.2,0, got {self.move!r}") from None
-        fields = ("select", "scale", "fade", "remove", "front", "behind", "swap", "swap_scale", "frame", "radius", "name")
-        return Edit(move=(y, x), clip=self.clip, **{name: getattr(self, name) for name in fields})
+        names = [each.name for each in dataclasses.fields(Edit) if each.name not in ("move", "clip")]
+        return Edit(move=(y, x), clip=self.clip, **{name: getattr(self, name) for name in names})
 
     @property
     def extraction(self) -> "ExtractRun":
         """The same as an extraction of the clip, without the edit."""
-        fields = ("checkpoint", "data", "out", "split", "set", "context", "horizon", "device", "which")
-        drawn = {} if self.sample_seed is None else {"samples": 1, "sample_seed": self.sample_seed}
-        return ExtractRun(**{name: getattr(self, name) for name in fields}, **drawn)
+        names = ("checkpoint", "data", "out", "split", "set", "context", "horizon", "device", "which")
+        samples, seed = (0, 0) if self.sample_seed is None else (1, self.sample_seed)
+        return ExtractRun(**{name: getattr(self, name) for name in names}, samples=samples, sample_seed=seed)
 
     def __post_init__(self) -> None:
         _ = self.edit, self.extraction  # refuse what they do

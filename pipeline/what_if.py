@@ -1,8 +1,8 @@
 """One what-if: a clip's context with an edit, the future that follows beside the one without it, film and tables.
 
     OUT/what-if.mp4                       truth | predicted | what-if, with the ways of the visible particles
-    OUT/settings.json, objects/, ...      tables as ``extract.py`` writes them, of this clip alone: its posterior rows,
-                                          predicted rows without an edit, and predicted rows with the edit's name
+    OUT/settings.json, objects/, ...      tables as ``extract.py`` writes them, of the frames shown of this clip:
+                                          posterior rows, predicted rows without an edit and with the edit's name
 
 The edit itself is in ``objdyn/models/what_if.py``. Runs in this process, without Ray.
 """
@@ -46,9 +46,12 @@ def what_if(run: WhatIfRun) -> str:
     out = store.resolve(run.out, "--out")
     edit, device = run.edit, torch_device(run.device)
     job, (part,) = extract.plan(run.extraction, out, edits=[edit], clip=run.clip)
-    loaded, source = load_model(job.checkpoint, device=device, overrides=job.overrides), open_source(job.data, run.split)
+    loaded = load_model(job.checkpoint, device=device, overrides=job.overrides)
+    source = open_source(job.data, run.split)
     family = FAMILIES[loaded.family]
-    clip = source.open_shard(part.shard).clip(source.keys(part.shard).index(run.clip), truth=family.inputs)
+    shown = min(source.num_frames, run.context + run.horizon)
+    shard = source.open_shard(part.shard)
+    clip = shard.clip(source.keys(part.shard).index(run.clip), 0, shown, truth=family.inputs)
     blocks = extract.clip_blocks(
         loaded.model,
         family,
@@ -77,9 +80,10 @@ def what_if(run: WhatIfRun) -> str:
     for name, data in films.items():
         store.publish(store.join(out, name), data)
     lines = edits.describe(context, chosen, frame=edit.frame)
+    count = f"{len(lines)} of {chosen.shape[1]} particles"
     return "\n".join(
         [
-            f"edit {edit.name} of clip {run.clip} changes {len(lines)} of {chosen.shape[1]} particles, in frame {edit.frame}:",
+            f"edit {edit.name} of clip {run.clip} changes {count}, in frame {edit.frame}:",
             *(f"  {each}" for each in lines),
             *(f"warning: {doubt}" for doubt in doubts),
             line,
@@ -134,7 +138,8 @@ def _films(
         pictures = figures.side_by_side(panels, captions=captions, borders=borders)
         films["what-if.mp4"] = figures.mp4(pictures, fps=run.fps)
     if "gif" in run.films:
-        films["what-if.gif"] = figures.animation(panels, fps=run.fps, captions=captions, borders=borders, encoding="gif")
+        gif = figures.animation(panels, fps=run.fps, captions=captions, borders=borders, encoding="gif")
+        films["what-if.gif"] = gif
     if "png" in run.films:
         columns = np.unique(np.linspace(0, length - 1, min(length, STRIP_COLUMNS)).round().astype(int))
         first = int(np.searchsorted(columns, run.context))

@@ -158,7 +158,8 @@ class Edit:
                 fits, wanted = _is_number(value), "a number"
             else:
                 kind = str if name == "select" else type(known[name].default)
-                fits, wanted = type(value) is kind, {str: "a string", bool: "true or false", int: "a whole number"}[kind]
+                fits = type(value) is kind
+                wanted = {str: "a string", bool: "true or false", int: "a whole number"}[kind]
             if not fits:
                 raise ValueError(f"the field {name} of an edit is {wanted}, got {json.dumps(value)}")
             values[name] = tuple(map(float, value)) if name == "move" else value
@@ -235,7 +236,8 @@ def select(latents: Particles, selection: str, *, frame: int = 0, radius: float 
     nearest = distance.argmin(dim=-1)
     clips = torch.arange(b, device=mask.device)
     for clip in torch.nonzero(~(distance[clips, nearest] <= NEAR))[:, 0].tolist():
-        raise ValueError(f"no visible particle lies within {NEAR:g} of {chosen.point}; {_there_are(latents, clip, frame)}")
+        there = _there_are(latents, clip, frame)
+        raise ValueError(f"no visible particle lies within {NEAR:g} of {chosen.point}; {there}")
     if chosen.kind == "nearest":
         mask[clips, nearest] = True
         return mask
