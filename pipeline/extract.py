@@ -19,7 +19,7 @@ deterministic answer, and 1 .. N for futures drawn from it (``--samples N``): fr
 the means, with draws that follow from the seed, the clip's key and the sample's number alone. ``edit`` is empty for the
 clip as it is, and otherwise the name of a what-if edit of its context (``--edits FILE``, ``objdyn/models/what_if.py``);
 sample n of an edit has the same draws as sample n of the clip as it is, so that they differ by the edit alone.
-Such futures have no true frames, hence no ``predict_mse``. An edit that does not fit a clip has no rows there: the
+An edited future has no true frames, hence no ``predict_mse``. An edit that does not fit a clip has no rows there: the
 part's record has the reason, and the job's last lines count them.
 
 Of a family whose object k is not the same thing in all frames, objects/ has a column ``track`` beside its latents. The
@@ -350,7 +350,7 @@ def plan(run: ExtractRun, out: str, *, edits: Sequence[Edit] = (), clip: str | N
         )
     edits = (*read_edits(run.edits), *edits) if run.edits else tuple(edits)
     if edits:
-        _check_edits(edits, loaded.family, loaded.config)
+        _check_edits(edits, loaded.family, loaded.config, run.context or 0)
     if run.context is not None and run.context > source.num_frames:
         raise ValueError(
             f"--context {run.context} asks for more frames than a clip of {data} has ({source.num_frames}); lower it"
@@ -360,8 +360,8 @@ def plan(run: ExtractRun, out: str, *, edits: Sequence[Edit] = (), clip: str | N
             f"--context {run.context} and --closing {run.closing} leave nothing to interpolate in a clip of {data}, "
             f"which has {source.num_frames} frames; lower them"
         )
-    if clip is not None or any(edit.clip for edit in edits):
-        _check_clips([clip] if clip is not None else [edit.clip for edit in edits], source, data, run.limit)
+    if wanted := [edit.clip for edit in edits if edit.clip] if clip is None else [clip]:
+        _check_clips(wanted, source, data, run.limit)
     parts, left = [], sum(source.shard_sizes) if run.limit is None else run.limit
     for shard, (name, size) in enumerate(zip(source.shard_names, source.shard_sizes, strict=True)):
         if clip is not None:
@@ -425,7 +425,7 @@ def can_edit(family: Family) -> bool:
     return "rollout" in family.verbs and {*Particles._fields} == {*family.object_columns, *family.frame_columns}
 
 
-def _check_edits(edits: Sequence[Edit], family: str, config: Any) -> None:
+def _check_edits(edits: Sequence[Edit], family: str, config: Any, context: int) -> None:
     if not can_edit(FAMILIES[family]):
         able = ", ".join(name for name, each in FAMILIES.items() if can_edit(each))
         raise ValueError(f"a {family} model has no particles to edit; give the checkpoint of a model that has ({able})")
@@ -435,6 +435,10 @@ def _check_edits(edits: Sequence[Edit], family: str, config: Any) -> None:
             raise ValueError(
                 f"edit {edit.name} names particle {missing[0]}, but the model has {count}, 0 to {count - 1}"
             )
+        if not -context <= edit.frame < context:
+            raise ValueError(
+                f"edit {edit.name} looks at context frame {edit.frame}, but there are {context}, 0 to {context - 1}"
+            )
 
 
 def _check_clips(wanted: Sequence[str], source: Source, data: str, limit: int | None) -> None:
@@ -442,7 +446,7 @@ def _check_clips(wanted: Sequence[str], source: Source, data: str, limit: int | 
     keys = [key for shard in range(len(source.shard_sizes)) for key in source.keys(shard)]
     planned = set(keys[:limit])
     for clip in wanted:
-        if clip in planned or not clip:
+        if clip in planned:
             continue
         if clip in keys:
             raise ValueError(f"clip {clip} is not among the first {limit} of {data}; raise --limit or leave it out")

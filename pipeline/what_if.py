@@ -73,20 +73,19 @@ def what_if(run: WhatIfRun) -> str:
 
     extract.claim(job)
     store.remove(store.join(out, tables.MANIFEST))  # the folder is not complete until both tables are there again
-    notes = [extract.EditNote(run.clip, edit.name, "; ".join(doubts), refused=False)] if doubts else []
-    extract.publish_part(family, job, part, blocks, notes)
-    line = extract.finish(job, [part]).splitlines()[0]
     films = _films(run, loaded.model, clip, posterior, _joined(context, predicted), _joined(after, other), chosen[0])
     for name, data in films.items():
         store.publish(store.join(out, name), data)
+    notes = [extract.EditNote(run.clip, edit.name, "; ".join(doubts), refused=False)] if doubts else []
+    extract.publish_part(family, job, part, blocks, notes)
+    tables_line = extract.finish(job, [part])
     lines = edits.describe(context, chosen, frame=edit.frame)
     count = f"{len(lines)} of {chosen.shape[1]} particles"
     return "\n".join(
         [
             f"edit {edit.name} of clip {run.clip} changes {count}, in frame {edit.frame}:",
             *(f"  {each}" for each in lines),
-            *(f"warning: {doubt}" for doubt in doubts),
-            line,
+            tables_line,
             *(f"film: {store.join(out, name)}" for name in films),
         ]
     )

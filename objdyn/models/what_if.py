@@ -13,8 +13,7 @@ changes is said by its selection:
 
 Several particles often sit on one object, equal to 3 decimals, and all of them must change, or the object stays and a
 copy goes: that is what ``cluster`` is for. A particle is *visible* where its transparency is ``VISIBLE`` or more. It
-sits on the same object as another if in every context frame it is no further away than ``radius``, and moves with it:
-the offset between the two never differs by more than half of ``radius`` from its mean over the frames. Whether it is
+sits on the same object as another if in every context frame it is no further away than ``radius``. Whether it is
 visible does not matter, because the prediction may show it.
 
 Functions of tensors alone; nothing here reads a file or knows a model beyond its ``rollout``.
@@ -24,6 +23,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ NEAR = 0.5
 RADIUS = 0.1
 """Distance in [-1, 1] units within which particles may sit on one object, unless an edit says otherwise."""
 LARGEST_MOVE = 0.2
-"""Per axis; the paper's displacement."""
+"""How far a move may go without a warning; the paper's displacement."""
 SCALES = (0.5, 2.0)
 """Factors on the size that an edit may have without a warning."""
 LARGEST_DEPTH_CHANGE = 3.0
@@ -184,7 +184,7 @@ def parse_edits(text: str) -> tuple[Edit, ...]:
     """
     try:
         entries = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise ValueError("wanted a JSON list of edits with one or more entries, as "
@@ -242,9 +242,7 @@ def select(latents: Particles, selection: str, *, frame: int = 0, radius: float 
         mask[clips, nearest] = True
         return mask
     offset = latents.position - latents.position[clips, :, nearest].unsqueeze(2)
-    near = offset.norm(dim=-1) <= radius
-    together = (offset - offset.mean(1, keepdim=True)).norm(dim=-1) <= radius / 2
-    return (near & together).all(dim=1)
+    return (offset.norm(dim=-1) <= radius).all(dim=1)
 
 
 def apply(latents: Particles, edits: Sequence[Edit]) -> Edited:
@@ -319,9 +317,9 @@ def concerns(latents: Particles, edit: Edit) -> list[str]:
     mask = select(latents, edit.select, frame=edit.frame, radius=edit.radius)
     after = apply(latents, [edit]).latents
     found: list[str] = []
-    furthest = max(map(abs, edit.move))
-    if furthest > LARGEST_MOVE + 1e-6:
-        found.append(f"a move by {furthest:g} is larger than {LARGEST_MOVE:g}")
+    distance = math.hypot(*edit.move)
+    if distance > LARGEST_MOVE + 1e-6:
+        found.append(f"a move by {distance:.3g} is larger than {LARGEST_MOVE:g}")
     outside = (after.position.abs() > 1).any(-1) & mask.unsqueeze(1)
     if any(edit.move) and bool(outside.any()):
         frames = int(outside.any(2).sum(1).max())
@@ -337,7 +335,7 @@ def concerns(latents: Particles, edit: Edit) -> list[str]:
     if not bool(((latents.transparency >= VISIBLE) & mask.unsqueeze(1)).any()):
         found.append("nothing that is selected can be seen")
     if left := _left_behind(latents, mask, edit):
-        found.append(f"{left} on the same object and not selected; cluster:y,x takes all")
+        found.append(f"{left} on the same object and not selected; cluster:y,x takes what is within its radius")
     return found
 
 
@@ -378,7 +376,10 @@ def _parse(text: str) -> _Selection:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value from JSON is a number that a float can hold; infinite ones are told apart later."""
+    if type(value) is int:
+        return abs(value) <= sys.float_info.max
+    return type(value) is float
 
 
 def _there_are(latents: Particles, clip: int, frame: int) -> str:

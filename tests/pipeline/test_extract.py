@@ -1045,6 +1045,10 @@ def test_other_edits_or_samples_in_the_same_folder_are_refused(make_run: Callabl
         ({"name": "a", "select": "index:4", "remove": True}, r"edit a names particle 4, but the model has 4, 0 to 3"),
         ({"name": "a", "select": "index:0", "swap": "index:9"}, r"edit a names particle 9"),
         (
+            {"name": "a", "select": "nearest:0,0", "remove": True, "frame": 3},
+            "context frame 3, but there are 3, 0 to 2",
+        ),
+        (
             {"name": "a", "select": "index:0", "remove": True, "clip": "clip-0o1"},
             r"split 'test' of .* has no clip 'clip-0o1'; it has 6, among them clip-001",
         ),

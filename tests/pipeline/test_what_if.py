@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,12 @@ def test_a_drawn_future_is_beside_the_deterministic_one(make_run: Callable[..., 
 
 def test_a_doubtful_edit_only_warns(make_run: Callable[..., WhatIfRun]):
     told = what_if(make_run(move="0.9,0", horizon=1))
-    assert "warning: a move by 0.9 is larger than 0.2" in told
+    assert re.search("warning: .* edit what-if: a move by 0.9 is larger than 0.2", told)
+
+
+def test_an_empty_key_is_no_clip(make_run: Callable[..., WhatIfRun]):
+    with pytest.raises(ValueError, match="has no clip ''; it has 200"):
+        what_if(make_run(clip=""))
 
 
 @pytest.mark.parametrize(
