@@ -19,6 +19,7 @@ deterministic answer, and 1 .. N for futures drawn from it (``--samples N``): fr
 the means, with draws that follow from the seed, the clip's key and the sample's number alone. ``edit`` is empty for the
 clip as it is, and otherwise the name of a what-if edit of its context (``--edits FILE``, ``objdyn/models/what_if.py``);
 sample n of an edit has the same draws as sample n of the clip as it is, so that they differ by the edit alone.
+A family whose rollout draws nothing (provide, unless its ``prediction`` does) has N equal samples.
 An edited future has no true frames, hence no ``predict_mse``. An edit that does not fit a clip has no rows there: the
 part's record has the reason, and the job's last lines count them.
 
