@@ -130,7 +130,7 @@ class Edit:
 
     def to_json(self) -> dict[str, Any]:
         """Its fields that are not the defaults, and its name; ``from_json`` reads them."""
-        found = {"name": self.name}
+        found: dict[str, Any] = {"name": self.name}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default:

@@ -178,10 +178,10 @@ def test_a_scaled_object_is_so_much_larger(model: DDLP):
 @pytest.mark.parametrize("depth", [[0.0, 0.0], [2.0, -3.0], [-4.0, 4.0], [-6.0, -6.0]])
 def test_front_and_behind_change_who_covers_whom(model: DDLP, depth: list[float]):
     latents = make_particles((0, 0), (0, 0), (0.7, 0.7), colours=[RED, GREEN, RED], depth=[*depth, 0.5])
-    for change, winner in (({"front": True}, RED), ({"behind": True}, GREEN)):
-        after = apply(latents, [Edit("index:0", **change)]).latents
+    for front, winner in ((True, RED), (False, GREEN)):
+        after = apply(latents, [Edit("index:0", front=front, behind=not front)]).latents
         others = after.depth[..., 1:]
-        assert (after.depth[..., :1] < others).all() if "front" in change else (after.depth[..., :1] > others).all()
+        assert (after.depth[..., :1] < others).all() if front else (after.depth[..., :1] > others).all()
         middle = render(model, after).video[0, :, :, SIDE // 2, SIDE // 2]
         torch.testing.assert_close(middle, torch.tensor(winner).expand(FRAMES, 3), atol=0.1, rtol=0)
         weights = [torch.sigmoid(-z.depth) for z in (latents, after)]
