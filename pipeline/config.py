@@ -456,7 +456,7 @@ class WhatIfRun:
     select: str
     """Which particles: ``cluster:y,x`` (all on the object there), ``nearest:y,x``, ``index:1,4`` or ``all``."""
     move: str = ""
-    """``dy,dx`` in [-1, 1] units, y down, as ``0.2,0``, which is a tenth of the frame down."""
+    """``dy,dx`` in [-1, 1] units, y down, as ``0.2,0``; added to the position in all frames of the context."""
     scale: float = 1.0
     """Factor on the size."""
     fade: float = 1.0

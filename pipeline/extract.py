@@ -343,12 +343,6 @@ def plan(run: ExtractRun, out: str, *, edits: Sequence[Edit] = (), clip: str | N
         )
     if run.state and not family.state_columns:
         raise ValueError(f"a {loaded.family} model carries no recurrent state; leave out --state")
-    side = getattr(loaded.config, "image_size", None)
-    if side is not None and (source.height, source.width) != (side, side):
-        raise ValueError(
-            f"the frames of {data} are {source.height}x{source.width}, the model sees {side}x{side}; make shards with "
-            f"--size {side}"
-        )
     edits = (*read_edits(run.edits), *edits) if run.edits else tuple(edits)
     if edits:
         _check_edits(edits, loaded.family, loaded.config, run.context or 0)
@@ -360,6 +354,12 @@ def plan(run: ExtractRun, out: str, *, edits: Sequence[Edit] = (), clip: str | N
         raise ValueError(
             f"--context {run.context} and --closing {run.closing} leave nothing to interpolate in a clip of {data}, "
             f"which has {source.num_frames} frames; lower them"
+        )
+    side = getattr(loaded.config, "image_size", None)
+    if side is not None and (source.height, source.width) != (side, side):
+        raise ValueError(
+            f"the frames of {data} are {source.height}x{source.width}, the model sees {side}x{side}; make shards with "
+            f"--size {side}"
         )
     if wanted := [edit.clip for edit in edits if edit.clip] if clip is None else [clip]:
         _check_clips(wanted, source, data, run.limit)
