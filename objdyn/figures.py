@@ -138,7 +138,7 @@ def draw_trails(
     t, k = position.shape[:2]
     height, width = canvas.shape[1:3]
     over = OVERSAMPLE
-    visible: np.ndarray = np.isfinite(position).all(-1) & (np.abs(np.nan_to_num(position)) <= REACH).all(-1)
+    visible = np.all(np.isfinite(position) & (np.abs(np.nan_to_num(position)) <= REACH), axis=-1)
     if transparency is not None:
         visible = np.logical_and(visible, transparency >= threshold)
     chosen = np.zeros(k, bool) if highlighted is None else highlighted
