@@ -138,8 +138,9 @@ def draw_trails(
     t, k = position.shape[:2]
     height, width = canvas.shape[1:3]
     over = OVERSAMPLE
-    opacity = np.ones((t, k)) if transparency is None else transparency
-    visible: np.ndarray = (opacity >= threshold) & (np.abs(position) <= REACH).all(-1)  # NaN is not drawn either
+    visible = np.all(np.isfinite(position) & (np.abs(np.nan_to_num(position)) <= REACH), axis=-1)
+    if transparency is not None:
+        visible = np.logical_and(visible, transparency >= threshold)
     chosen = np.zeros(k, bool) if highlighted is None else highlighted
     pixels = np.array([height, width]) / factor
     points = ((np.nan_to_num(position) + 1) / 2 * (pixels - 1) + 0.5) * factor * over

@@ -251,7 +251,7 @@ FAILURES = {
         "extract.py --checkpoint {run} --data {data} --out {out} --context 2 --closing 2",
         ["a ddlp model cannot interpolate", "(ssm)", "leave out --closing"],
     ),
-    "frames of another size than the extracting model's": (
+    "frames of a size that the model cannot take": (
         "extract.py --checkpoint {ballistic} --data {data} --out {out}",
         ["64x64", "32x32", "--size 32"],
     ),
