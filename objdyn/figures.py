@@ -9,11 +9,15 @@ import colorsys
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from html import escape
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from av.video.stream import VideoStream
 
 Colour = tuple[int, int, int]
 Series = Mapping[str, tuple[Sequence[int | float], Sequence[int | float | None]]]
@@ -104,6 +108,66 @@ def draw_particles(
             for t in range(len(canvas))
         ]
     )
+
+
+def draw_trails(
+    frames: np.ndarray,
+    position: np.ndarray,
+    *,
+    transparency: np.ndarray | None = None,
+    highlighted: np.ndarray | None = None,
+    length: int = 12,
+    factor: int = 4,
+    threshold: float = 0.1,
+) -> np.ndarray:
+    """Enlarge frames and draw where each visible particle is and has been.
+
+    Args:
+        frames: uint8 (t, h, w, c).
+        position: (t, k, 2), (y, x) in [-1, 1].
+        transparency: (t, k); a particle below ``threshold`` is not drawn, nor is its way in such frames.
+        highlighted: bool (k,), particles whose way is drawn broadly, with a white rim and a ring; the others are thin.
+        length: past frames that a way reaches back.
+        factor: enlargement.
+        threshold: least transparency that is drawn.
+
+    Returns:
+        uint8 (t, h * factor, w * factor, 3).
+    """
+    canvas = upscale(frames, factor)
+    t, k = position.shape[:2]
+    height, width = canvas.shape[1:3]
+    over = OVERSAMPLE
+    visible = np.all(np.isfinite(position) & (np.abs(np.nan_to_num(position)) <= REACH), axis=-1)
+    if transparency is not None:
+        visible = np.logical_and(visible, transparency >= threshold)
+    chosen = np.zeros(k, bool) if highlighted is None else highlighted
+    pixels = np.array([height, width]) / factor
+    points = ((np.nan_to_num(position) + 1) / 2 * (pixels - 1) + 0.5) * factor * over
+    palette = [_rgb(colour) for colour in colours(k)]
+    unit = max(1.0, height / 256) * over
+    pictures = []
+    for now in range(t):
+        layer = Image.new("RGBA", (width * over, height * over))
+        draw = ImageDraw.Draw(layer)
+        first = max(0, now - length)
+        for n in sorted(range(k), key=lambda n: bool(chosen[n])):  # highlighted ones on top
+            if not visible[now, n]:
+                continue
+            wide = (3.0 if chosen[n] else 1.5) * unit
+            for colour, extra in (((255, 255, 255), 2.0), (palette[n], 0.0)) if chosen[n] else ((palette[n], 0.0),):
+                for i in range(first, now):
+                    if visible[i, n] and visible[i + 1, n]:
+                        (y0, x0), (y1, x1) = points[i, n], points[i + 1, n]
+                        draw.line([x0, y0, x1, y1], fill=(*colour, 255), width=round(wide + extra * unit))
+            y, x = points[now, n]
+            for colour, radius in (((0, 0, 0), 1.6), ((255, 255, 255), 1.3), (palette[n], 1.0)):
+                r = radius * (4.0 if chosen[n] else 2.5) * unit
+                draw.ellipse([x - r, y - r, x + r, y + r], fill=(*colour, 255))
+        layer = layer.resize((width, height), Image.Resampling.BOX)
+        picture = Image.fromarray(canvas[now]).convert("RGBA")
+        pictures.append(np.asarray(Image.alpha_composite(picture, layer).convert("RGB")))
+    return np.stack(pictures)
 
 
 def mask_overlay(frames: np.ndarray, masks: np.ndarray, opacity: float = 0.6, *, background: bool = True) -> np.ndarray:
@@ -219,12 +283,27 @@ def animation(
         borders: label -> colour of that panel's border for each frame.
         encoding: ``webp`` (small), ``gif`` (understood everywhere, 256 colours) or ``png`` (animated, lossless, large).
     """
+    if fps <= 0:
+        raise ValueError(f"fps must be positive, got {fps}")
+    images = [Image.fromarray(picture) for picture in side_by_side(panels, captions=captions, borders=borders)]
+    buffer = io.BytesIO()
+    settings = {"webp": {"quality": 85, "method": 2}, "gif": {"disposal": 1}, "png": {}}[encoding]
+    duration = max(20, round(1000 / fps))
+    images[0].save(buffer, encoding, save_all=True, append_images=images[1:], duration=duration, loop=0, **settings)
+    return buffer.getvalue()
+
+
+def side_by_side(
+    panels: Mapping[str, np.ndarray],
+    *,
+    captions: Sequence[str] | None = None,
+    borders: Mapping[str, Sequence[Colour]] | None = None,
+) -> np.ndarray:
+    """The pictures of a film in which videos play side by side, uint8 (t, H, W, 3); arguments as of ``animation``."""
     lengths = {label: len(frames) for label, frames in panels.items()}
     if not panels or len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise ValueError(f"an animation needs panels of one length of at least one frame, got {lengths}")
-    if fps <= 0:
-        raise ValueError(f"fps must be positive, got {fps}")
-    images = []
+    pictures = []
     for t in range(next(iter(lengths.values()))):
         cells = []
         for label, frames in panels.items():
@@ -233,12 +312,35 @@ def animation(
         picture = _row(cells)
         if captions is not None:
             picture = _column([picture, _text_line(captions[t], picture.shape[1])])
-        images.append(Image.fromarray(picture))
-    buffer = io.BytesIO()
-    settings = {"webp": {"quality": 85, "method": 2}, "gif": {"disposal": 1}, "png": {}}[encoding]
-    duration = max(20, round(1000 / fps))
-    images[0].save(buffer, encoding, save_all=True, append_images=images[1:], duration=duration, loop=0, **settings)
-    return buffer.getvalue()
+        pictures.append(picture)
+    return np.stack(pictures)
+
+
+def mp4(pictures: np.ndarray, *, fps: float = 10.0) -> bytes:
+    """Encode pictures, uint8 (t, H, W, 3), as H.264 in MP4; the same pictures give the same bytes.
+
+    Odd sides are padded by a white line, because the format halves the colours. Needs PyAV.
+
+    Raises:
+        ValueError: no pictures, or ``fps`` is not positive.
+    """
+    import av
+
+    if pictures.ndim != 4 or len(pictures) == 0 or fps <= 0:
+        raise ValueError(f"a film needs pictures (t, H, W, 3) and a positive fps, got {pictures.shape} and {fps:g}")
+    even = [(0, side % 2) for side in pictures.shape[1:3]]
+    pictures = np.pad(pictures, [(0, 0), *even, (0, 0)], constant_values=PAPER[0])
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
+        options = {"crf": "18", "preset": "veryfast", "threads": "1"}
+        rate = Fraction(fps).limit_denominator(1000)
+        stream = cast("VideoStream", container.add_stream("libx264", rate=rate, options=options))
+        stream.height, stream.width = pictures.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
 
 
 def overlay(frames: np.ndarray, *, faintest: float = 0.25) -> np.ndarray:

@@ -24,6 +24,7 @@ from objdyn.models.iodine import IODINEConfig
 from objdyn.models.oddn import ODDNConfig
 from objdyn.models.provide import PROVIDEConfig
 from objdyn.models.ssm import SSMConfig
+from objdyn.models.what_if import Edit
 from objdyn.questions.generator import GeneratorConfig
 
 if TYPE_CHECKING:
@@ -400,6 +401,13 @@ class ExtractRun:
     """Add per object and frame its own image, uint8 (h, w, c); three times the size of its mask."""
     state: bool = False
     """Add per object and frame the recurrent state, for families that carry one (provide)."""
+    samples: int = 0
+    """Futures to draw from the model per clip (and edit), beside the deterministic one: rows with sample 1 to N."""
+    sample_seed: int = 0
+    """Seed of the draws, which follow from it, the clip's key and the sample's number alone."""
+    edits: str = ""
+    """JSON file, local or s3://, with a list of what-if edits (ddlp): rows with the edit's name, of each edited clip.
+    An entry is {"name": ..., "select": "cluster:0.1,0.2", "move": [0.2, 0]}; "clip" makes it one clip's."""
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -420,6 +428,11 @@ class ExtractRun:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.samples < 0:
+            raise ValueError(f"samples must be 0 (none) or more, got {self.samples}")
+        if (self.samples or self.edits) and self.horizon is None:
+            what = "samples" if self.samples else "edits"
+            raise ValueError(f"{what} are of predicted frames: give context and horizon, too")
 
 
 @dataclass(frozen=True)
@@ -430,6 +443,86 @@ class InterpolateRun(ExtractRun):
     """Frames to see at the beginning of each clip."""
     closing: int = 5
     """Frames to see at its end; those between are interpolated."""
+
+
+@dataclass(frozen=True)
+class WhatIfRun:
+    """One what-if: a change of some particles in the context of one clip, and the future that follows."""
+
+    checkpoint: str
+    """Run folder of a model with particles (ddlp), or one checkpoint inside it; local or s3://."""
+    data: str
+    """Dataset folder or s3:// URL holding the split, or ``sim:NAME``."""
+    clip: str
+    """Key of the clip."""
+    out: str
+    """Folder or s3:// URL that gets what-if.mp4 and the tables of both predictions."""
+    select: str
+    """Which particles: ``cluster:y,x`` (all on the object there), ``nearest:y,x``, ``index:1,4`` or ``all``."""
+    move: str = ""
+    """``dy,dx`` in [-1, 1] units, y down, as ``0.2,0``; added to the position in all frames of the context."""
+    scale: float = 1.0
+    """Factor on the size."""
+    fade: float = 1.0
+    """Factor on the transparency, from 0 (gone) to 1."""
+    remove: bool = False
+    """Take the object away."""
+    front: bool = False
+    """Draw it in front of all others."""
+    behind: bool = False
+    """Draw it behind all others."""
+    swap: str = ""
+    """A second selection, with which it exchanges its look."""
+    swap_scale: bool = False
+    """Exchange the sizes, too."""
+    frame: int = 0
+    """Frame of the context in which ``nearest`` and ``cluster`` look."""
+    radius: float = 0.1
+    """How far from each other particles on one object may be, in [-1, 1] units."""
+    name: str = "what-if"
+    """What the rows of the edited future have in the column edit."""
+    split: str = "test"
+    """Split to read."""
+    set: tuple[str, ...] = ()
+    """Model settings to change, as ``model.max_frames=10``; the weights must fit."""
+    context: int = 10
+    """Frames that the model sees, and that are edited."""
+    horizon: int = 40
+    """Frames to predict; they may reach beyond the clip."""
+    sample_seed: int | None = None
+    """Draw both futures with this seed, the same draws for both; None shows the model's deterministic answer."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+    which: Literal["last", "best"] = "last"
+    """Which checkpoint of a run folder: the newest, or the best by held-out reconstruction."""
+    films: tuple[Literal["mp4", "gif", "png"], ...] = ("mp4",)
+    """Which files to write: what-if.mp4, what-if.gif, what-if.png (some frames in one picture)."""
+    fps: float = 10.0
+    """Frames per second of the film."""
+
+    @property
+    def edit(self) -> Edit:
+        """The edit that the flags describe."""
+        try:
+            y, x = map(float, self.move.split(",")) if self.move else (0.0, 0.0)
+        except ValueError:
+            raise ValueError(f"move is dy,dx, as 0.2,0, got {self.move!r}") from None
+        names = [each.name for each in dataclasses.fields(Edit) if each.name not in ("move", "clip")]
+        return Edit(move=(y, x), clip=self.clip, **{name: getattr(self, name) for name in names})
+
+    @property
+    def extraction(self) -> "ExtractRun":
+        """The same as an extraction of the clip, without the edit."""
+        names = ("checkpoint", "data", "out", "split", "set", "context", "horizon", "device", "which")
+        samples, seed = (0, 0) if self.sample_seed is None else (1, self.sample_seed)
+        return ExtractRun(**{name: getattr(self, name) for name in names}, samples=samples, sample_seed=seed)
+
+    def __post_init__(self) -> None:
+        _ = self.edit, self.extraction  # refuse what they do
+        if not self.films:
+            raise ValueError("films must name one or more of mp4, gif, png")
+        if not 0 < self.fps <= 120:
+            raise ValueError(f"fps must be positive and at most 120, got {self.fps:g}")
 
 
 @dataclass(frozen=True)
@@ -906,6 +999,10 @@ class ExportRun:
     """One row per clip, with a fixed-size tensor per latent; --no-tensor writes the long rows, sorted, of one table."""
     kind: Literal["posterior", "predicted", "interpolated"] = "posterior"
     """Which rows."""
+    edits: bool = False
+    """Also the futures of what-if edits; without it only clips as they are."""
+    samples: bool = False
+    """Also the futures drawn with --samples; without it only the deterministic ones."""
     columns: tuple[str, ...] = ()
     """Latents (position, which joins position_y and position_x) or single columns (position_y) to export; none given
     takes all, or with --no-tensor those of objects/."""

@@ -46,7 +46,8 @@ def export(run: "ExportRun") -> str:
         )
     if store.exists(out) and not store.is_file(out):
         raise ValueError(f"--out={out} is a folder; name a file in it: {store.join(out, 'export.parquet')}")
-    clips = ClipDataset(folder, run.columns or None, run.kind, cache_gb=_CACHE_GB)
+    edit, sample = None if run.edits else "", None if run.samples else 0
+    clips = ClipDataset(folder, run.columns or None, run.kind, edit=edit, sample=sample, cache_gb=_CACHE_GB)
     write = _write_tensors if run.tensor else _write_rows
     written: list[str] = []
     published = store.publish_file(out, lambda sink: written.append(write(clips, run, sink)))
@@ -137,7 +138,7 @@ def _write_rows(clips: ClipDataset, run: "ExportRun", sink: BinaryIO) -> str:
     schema = _row_schema(clips, run.kind, table, wanted)
     count = 0
     with tables.open_writer(sink, schema) as writer:
-        for rows in _in_groups(_rows_by_clip(clips, run.kind, table, wanted)):
+        for rows in _in_groups(_rows_by_clip(clips, run, table, wanted)):
             writer.write_table(rows.select(schema.names).cast(schema), row_group_size=rows.num_rows)
             count += rows.num_rows
     return f"{count} {run.kind} rows of {table}"
@@ -161,7 +162,7 @@ def _row_schema(clips: ClipDataset, kind: str, table: tables.Table, wanted: Fiel
     return pa.schema(plain, _metadata(clips, {"table": table, "kind": kind} | ({"shapes": shapes} if shapes else {})))
 
 
-def _rows_by_clip(clips: ClipDataset, kind: str, table: tables.Table, wanted: Fields) -> Iterator[pa.Table]:
+def _rows_by_clip(clips: ClipDataset, run: "ExportRun", table: tables.Table, wanted: Fields) -> Iterator[pa.Table]:
     """The rows of one clip after the other, sorted over all parts.
 
     A part is sorted, so it is opened when its first clip comes, read once, and let go after its last clip.
@@ -171,7 +172,7 @@ def _rows_by_clip(clips: ClipDataset, kind: str, table: tables.Table, wanted: Fi
     opened: dict[int, Iterator[pa.Table]] = {}
     for clip, part in places:
         if part not in opened:
-            opened[part] = _rows_of_part(clips, kind, table, wanted, part)
+            opened[part] = _rows_of_part(clips, run, table, wanted, part)
         rows = next(opened[part], None)
         if rows is None or rows.column("clip")[0].as_py() != clip:
             raise ValueError(f"part {clips.parts[part]['name']} of {clips.folder} lacks clip {clip} in {table}/")
@@ -181,12 +182,18 @@ def _rows_by_clip(clips: ClipDataset, kind: str, table: tables.Table, wanted: Fi
             del opened[part]
 
 
-def _rows_of_part(clips: ClipDataset, kind: str, table: tables.Table, wanted: Fields, part: int) -> Iterator[pa.Table]:
+def _rows_of_part(
+    clips: ClipDataset, run: "ExportRun", table: tables.Table, wanted: Fields, part: int
+) -> Iterator[pa.Table]:
     file, path = clips.open_part(table, part), tables.part_path(clips.folder, table, clips.parts[part])
     for group in range(file.num_row_groups):
         rows = tables.read_group(file, group, wanted, path)
-        chosen = pc.call_function("equal", [rows.column("kind").cast(pa.string()), pa.scalar(kind)])
-        rows = rows.filter(chosen).unify_dictionaries().combine_chunks()
+        choices = {"kind": run.kind} | ({} if run.edits else {"edit": ""}) | ({} if run.samples else {"sample": 0})
+        for name, value in choices.items():
+            column = rows.column(name)
+            column = column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
+            rows = rows.filter(pc.call_function("equal", [column, pa.scalar(value)]))
+        rows = rows.unify_dictionaries().combine_chunks()
         if rows.num_rows:
             codes: Any = rows.column("clip").combine_chunks()
             ends = [*np.flatnonzero(np.diff(codes.indices.to_numpy())) + 1, rows.num_rows]

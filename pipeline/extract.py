@@ -1,7 +1,7 @@
 """Checkpoint and shards in, tables of latents out: Ray Data schedules, one model per worker, one part per shard.
 
-    OUT/settings.json            model and its changed settings, dataset, split, context, horizon, closing, extras:
-                                 created first, never changed
+    OUT/settings.json            model and its changed settings, dataset, split, context, horizon, closing, extras,
+                                 samples, edits: created first, never changed
     OUT/objects/<shard>.parquet  OUT/frames/<shard>.parquet
     OUT/parts/<shard>.json       rows and SHA-256 of both; written after them, and with it the part is done
     OUT/manifest.json            settings and all parts; written when the set is complete
@@ -13,6 +13,15 @@ Rows are of three kinds. ``posterior`` are all frames of a clip, each looked at.
 follow the first ``context`` ones. ``interpolated`` are the frames between the first ``context`` and the last
 ``closing`` ones, given these alone. A frame that a prediction or an interpolation did look at has no row of that kind,
 so that whatever is predicted or interpolated was not seen; the row of a seen frame is its ``posterior`` one.
+
+A clip may have many predicted futures, told apart by two more parts of the key. ``sample`` is 0 for the model's
+deterministic answer, and 1 .. N for futures drawn from it (``--samples N``): from the same context, whose latents are
+the means, with draws that follow from the seed, the clip's key and the sample's number alone. ``edit`` is empty for the
+clip as it is, and otherwise the name of a what-if edit of its context (``--edits FILE``, ``objdyn/models/what_if.py``);
+sample n of an edit has the same draws as sample n of the clip as it is, so that they differ by the edit alone.
+A family whose rollout draws nothing (provide, unless its ``prediction`` does) has N equal samples.
+An edited future has no true frames, hence no ``predict_mse``. An edit that does not fit a clip has no rows there: the
+part's record has the reason, and the job's last lines count them.
 
 Of a family whose object k is not the same thing in all frames, objects/ has a column ``track`` beside its latents. The
 flags of a run add more columns ("extras"):
@@ -28,13 +37,15 @@ the rows of one part in memory about twice; where that is too much, make shards 
 """
 
 import dataclasses
+import difflib
+import hashlib
 import logging
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +56,9 @@ from objdyn.families import FAMILIES, Family, describe
 from objdyn.interface import Scene, VideoModel
 from objdyn.metrics.image import frame_mse
 from objdyn.metrics.segmentation import match_tracks, segment
+from objdyn.models import what_if
+from objdyn.models.dlp import Particles
+from objdyn.models.what_if import Edit, Edited
 from pipeline import cluster, segments, store, tables
 from pipeline.checkpoint import load_model, load_weights
 from pipeline.config import ExtractRun, parse_model_settings, recorded_model_settings
@@ -53,7 +67,17 @@ from pipeline.tables import Block, Provenance
 
 DEATHS_PER_PART = 2
 PROGRESS_SECONDS = 10.0
-LATER_SETTINGS: dict[str, Any] = {"extras": [], "model_settings_changed": {}, "closing": None}
+EDITS_AT_ONCE = 32
+"""Edited futures that are rolled out together."""
+LATER_SETTINGS: dict[str, Any] = {
+    "extras": [],
+    "model_settings_changed": {},
+    "closing": None,
+    "samples": 0,
+    "sample_seed": None,
+    "edits": [],
+    "clip": None,
+}
 """Settings that folders of earlier versions do not have, with what they are there."""
 
 
@@ -72,6 +96,12 @@ class Job:
     """Names of optional columns, see above."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the model that are not those of its training."""
+    samples: int = 0
+    """Drawn futures per clip and edit, beside the deterministic one."""
+    sample_seed: int = 0
+    edits: tuple[Edit, ...] = ()
+    clip: str | None = None
+    """The only clip, of a what-if; None takes those of the parts."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -90,6 +120,10 @@ class Job:
             "limit": self.limit,
             "extras": list(self.extras),
             "model_settings_changed": recorded_model_settings(self.overrides),
+            "samples": self.samples,
+            "sample_seed": self.sample_seed if self.samples else None,
+            "edits": [edit.to_json() for edit in self.edits],
+            "clip": self.clip,
         }
 
 
@@ -100,6 +134,16 @@ class Part:
     name: str
     shard: int
     clips: int
+
+
+class EditNote(NamedTuple):
+    """What is to be said of one edit of one clip."""
+
+    clip: str
+    edit: str
+    text: str
+    refused: bool
+    """Whether it has no future; otherwise it has one that may not be worth much."""
 
 
 def extract(run: ExtractRun) -> str:
@@ -113,13 +157,13 @@ def extract(run: ExtractRun) -> str:
             or some parts failed (the message has the reasons, the other parts are done).
     """
     out = store.resolve(run.out, "--out")
-    job, parts = _plan(run, out)
-    _claim(job)
+    job, parts = plan(run, out)
+    claim(job)
     todo = [part for part in parts if not _is_done(job, part)]
     if todo:
         store.remove(store.join(out, tables.MANIFEST))  # the folder is not complete until they are done
         _run(job, todo, planned=sum(part.clips for part in parts), workers=run.workers)
-    return _finish(job, parts)
+    return finish(job, parts)
 
 
 def clip_blocks(
@@ -132,16 +176,23 @@ def clip_blocks(
     closing: int | None = None,
     device: str | torch.device = "cpu",
     extras: Sequence[str] = (),
+    samples: int = 0,
+    sample_seed: int = 0,
+    edits: Sequence[Edit] = (),
+    notes: list[EditNote] | None = None,
 ) -> list[Block]:
     """Encode clips of one length; with ``context`` also predict the frames after it, or fill the gap after it.
 
     Gives one ``posterior`` block per clip; with ``horizon`` one ``predicted`` block of frames ``context .. context +
-    horizon - 1``; with ``closing`` one ``interpolated`` block of frames ``context .. t - closing - 1``. ``extras``
-    names optional columns (see the top of the file). Tracks of frames that were not seen go on from the context.
+    horizon - 1``, and ``samples`` more of them, drawn; the same for each of the ``edits`` that is for the clip; with
+    ``closing`` one ``interpolated`` block of frames ``context .. t - closing - 1``. ``extras`` names optional columns
+    (see the top of the file). Tracks of frames that were not seen go on from the context.
+
+    Edits that a clip refuses, and why others are doubtful, are added to ``notes``; without it a refusal raises.
 
     Raises:
         ValueError: a clip lacks the truth that the model takes as input, or the model renders no masks where the
-            columns need them.
+            columns need them; or as said of ``notes``.
     """
     video = to_model_input(collate(clips), device)
     inputs = stack_truth(clips, family.inputs, device)
@@ -156,6 +207,15 @@ def clip_blocks(
             seen = segments.cut(latents, 0, context) if family.causal else model.encode(video[:, :context], **inputs)
             future = model.rollout(seen, horizon)
             blocks += _unseen_blocks(model, family, clips, video, "predicted", seen, future, extras)
+            for i, clip in enumerate(clips) if samples else ():
+                own = type(seen)(*(values[i : i + 1] for values in seen))
+                for sample in range(1, samples + 1):
+                    drawn = model.rollout(own, horizon, generator=_generator(device, sample_seed, clip.key, sample))
+                    blocks += _unseen_blocks(
+                        model, family, [clip], video[i : i + 1], "predicted", own, drawn, extras, sample=sample
+                    )
+            edited = _edit_clips(clips, seen, edits, notes) if edits else []
+            blocks += _edited_blocks(model, family, edited, horizon, device, extras, samples, sample_seed)
         if context is not None and closing is not None:
             gap = slice(context, video.shape[1] - closing)
             flags = torch.ones(video.shape[1], dtype=torch.bool)
@@ -169,9 +229,9 @@ def clip_blocks(
 
 def extract_part(model: VideoModel[Any], family: Family, source: Source, job: Job, part: Part) -> None:
     """Encode the clips of a part and publish its two tables, then the record that it is done."""
-    store.remove(_record_path(job, part))  # of an earlier attempt of which a table is gone
     shard = source.open_shard(part.shard)
     blocks: list[Block] = []
+    notes: list[EditNote] = []
     for first in range(0, part.clips, job.batch_size):
         clips = [shard.clip(i, truth=family.inputs) for i in range(first, min(first + job.batch_size, part.clips))]
         blocks += clip_blocks(
@@ -183,8 +243,25 @@ def extract_part(model: VideoModel[Any], family: Family, source: Source, job: Jo
             closing=job.provenance.closing,
             device=job.device,
             extras=job.extras,
+            samples=job.samples,
+            sample_seed=job.sample_seed,
+            edits=job.edits,
+            notes=notes,
         )
+    publish_part(family, job, part, blocks, notes)
+
+
+def publish_part(family: Family, job: Job, part: Part, blocks: Sequence[Block], notes: Sequence[EditNote]) -> None:
+    """Publish the two tables of a part, then the record that it is done."""
+    store.remove(_record_path(job, part))  # of an earlier attempt of which a table is gone
     record: dict[str, Any] = {"name": part.name, "clips": part.clips}
+    if job.edits:
+        refused: dict[str, dict[str, str]] = {}
+        for note in notes:
+            if note.refused:
+                refused.setdefault(note.clip, {})[note.edit] = note.text
+        doubtful = [f"clip {note.clip}, edit {note.edit}: {note.text}" for note in notes if not note.refused]
+        record["edits"] = {"refused": refused, "doubtful": len(doubtful), "first_doubtful": "".join(doubtful[:1])}
     finite = {block.clip: True for block in blocks}
     for block in blocks:
         finite[block.clip] &= all(bool(np.isfinite(values).all()) for values in block.latents.values())
@@ -236,7 +313,18 @@ class Extractor:
         return loaded.model, describe(loaded.config), source
 
 
-def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
+def plan(run: ExtractRun, out: str, *, edits: Sequence[Edit] = (), clip: str | None = None) -> tuple[Job, list[Part]]:
+    """Check that checkpoint, data and settings fit together, and list the work; starts nothing.
+
+    Args:
+        run: the settings.
+        out: the resolved folder.
+        edits: beside those of the run's file.
+        clip: key of the only clip to do.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
     checkpoint = store.resolve(run.checkpoint, "--checkpoint")
     data = store.resolve(run.data, "--data")
     # A run folder may be training on, so name the checkpoint that all workers are to load.
@@ -255,6 +343,9 @@ def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
         )
     if run.state and not family.state_columns:
         raise ValueError(f"a {loaded.family} model carries no recurrent state; leave out --state")
+    edits = (*read_edits(run.edits), *edits) if run.edits else tuple(edits)
+    if edits:
+        _check_edits(edits, loaded.family, loaded.config, run.context or 0)
     if run.context is not None and run.context > source.num_frames:
         raise ValueError(
             f"--context {run.context} asks for more frames than a clip of {data} has ({source.num_frames}); lower it"
@@ -264,8 +355,20 @@ def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
             f"--context {run.context} and --closing {run.closing} leave nothing to interpolate in a clip of {data}, "
             f"which has {source.num_frames} frames; lower them"
         )
+    side = getattr(loaded.config, "image_size", None)
+    if side is not None and (source.height, source.width) != (side, side):
+        raise ValueError(
+            f"the frames of {data} are {source.height}x{source.width}, the model sees {side}x{side}; make shards with "
+            f"--size {side}"
+        )
+    if wanted := [edit.clip for edit in edits if edit.clip] if clip is None else [clip]:
+        _check_clips(wanted, source, data, run.limit)
     parts, left = [], sum(source.shard_sizes) if run.limit is None else run.limit
     for shard, (name, size) in enumerate(zip(source.shard_names, source.shard_sizes, strict=True)):
+        if clip is not None:
+            if clip in source.keys(shard):
+                parts.append(Part(name, shard, 1))
+            continue
         clips, left = min(size, left), left - min(size, left)
         if clips:
             parts.append(Part(name, shard, clips))
@@ -281,11 +384,85 @@ def _plan(run: ExtractRun, out: str) -> tuple[Job, list[Part]]:
         horizon=run.horizon,
         closing=run.closing,
     )
-    job = Job(weights.path, data, out, run.limit, run.batch_size, run.device, provenance, run.extras, overrides)
+    job = Job(
+        weights.path,
+        data,
+        out,
+        run.limit,
+        run.batch_size,
+        run.device,
+        provenance,
+        run.extras,
+        overrides,
+        run.samples,
+        run.sample_seed,
+        edits,
+        clip,
+    )
     return job, parts
 
 
-def _claim(job: Job) -> None:
+def read_edits(path: str) -> tuple[Edit, ...]:
+    """Read a JSON list of edits, local or s3://.
+
+    Raises:
+        ValueError: there is no such file, or an entry is wrong; names both.
+    """
+    path = store.resolve(path, "--edits")
+    try:
+        text = store.read_bytes(path).decode()
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"--edits {path}: there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--edits {path}: not UTF-8 text ({error})") from None
+    try:
+        return what_if.parse_edits(text)
+    except ValueError as error:
+        raise ValueError(f"--edits {path}: {error}") from None
+
+
+def can_edit(family: Family) -> bool:
+    """Whether a family's latents are particles, and it predicts from them."""
+    return "rollout" in family.verbs and {*Particles._fields} == {*family.object_columns, *family.frame_columns}
+
+
+def _check_edits(edits: Sequence[Edit], family: str, config: Any, context: int) -> None:
+    if not can_edit(FAMILIES[family]):
+        able = ", ".join(name for name, each in FAMILIES.items() if can_edit(each))
+        raise ValueError(f"a {family} model has no particles to edit; give the checkpoint of a model that has ({able})")
+    count = config.num_particles
+    for edit in edits:
+        if missing := [index for index in edit.indices if index >= count]:
+            raise ValueError(
+                f"edit {edit.name} names particle {missing[0]}, but the model has {count}, 0 to {count - 1}"
+            )
+        if not -context <= edit.frame < context:
+            raise ValueError(
+                f"edit {edit.name} looks at context frame {edit.frame}, but there are {context}, 0 to {context - 1}"
+            )
+
+
+def _check_clips(wanted: Sequence[str], source: Source, data: str, limit: int | None) -> None:
+    """Refuse clips that the split does not have, or ``limit`` leaves out."""
+    keys = [key for shard in range(len(source.shard_sizes)) for key in source.keys(shard)]
+    planned = set(keys[:limit])
+    for clip in wanted:
+        if clip in planned:
+            continue
+        if clip in keys:
+            raise ValueError(f"clip {clip} is not among the first {limit} of {data}; raise --limit or leave it out")
+        near = difflib.get_close_matches(clip, keys, n=3, cutoff=0.5) or keys[:3]
+        raise ValueError(
+            f"split {source.split!r} of {data} has no clip {clip!r}; it has {len(keys)}, among them {', '.join(near)}"
+        )
+
+
+def claim(job: Job) -> None:
+    """Make the folder this job's, or go on in it.
+
+    Raises:
+        ValueError: it holds something else, or tables with other settings.
+    """
     path = store.join(job.out, "settings.json")
     if not store.exists(path) and store.exists(store.join(job.out, tables.MANIFEST)):
         raise ValueError(f"{job.out} holds something else (a {tables.MANIFEST} without {path}); choose another --out")
@@ -295,10 +472,16 @@ def _claim(job: Job) -> None:
     for name, value in job.settings.items():
         before = found.get(name, LATER_SETTINGS.get(name))
         if before != value:
+            was, now = (shorten(repr(each)) if name == "edits" else each for each in (before, value))
             raise ValueError(
-                f"{job.out} holds tables with {name} {before}, but this run has {name} {value}; "
+                f"{job.out} holds tables with {name} {was}, but this run has {name} {now}; "
                 "choose another --out, or remove the old folder"
             )
+
+
+def shorten(text: str, most: int = 200) -> str:
+    """The beginning of a text."""
+    return text if len(text) <= most else text[:most] + " ..."
 
 
 def _record_path(job: Job, part: Part) -> str:
@@ -384,7 +567,15 @@ def _report(answers: Iterable[dict[str, Any]], todo: list[Part], planned: int) -
         print(flush=True)
 
 
-def _finish(job: Job, parts: list[Part]) -> str:
+def finish(job: Job, parts: list[Part]) -> str:
+    """Write the manifest of a folder whose parts are all done.
+
+    Returns:
+        A line that says what is where, and warnings.
+
+    Raises:
+        ValueError: a part's record is of other clips than planned.
+    """
     records = [store.read_json(_record_path(job, part)) for part in parts]
     for part, record in zip(parts, records, strict=True):
         if (record["name"], record["clips"]) != (part.name, part.clips):
@@ -397,7 +588,99 @@ def _finish(job: Job, parts: list[Part]) -> str:
     line = f"{totals['clips']} clips, {totals['objects']} rows of objects, {totals['frames']} rows of frames: {job.out}"
     if not_finite := sum(record["clips_not_finite"] for record in records):
         line += f"\nwarning: {not_finite} clips have latents that are not finite (NaN or infinite in the tables)"
-    return line
+    return "\n".join([line, *_told_of_edits([record["edits"] for record in records if "edits" in record])])
+
+
+def _told_of_edits(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    refused = [
+        f"clip {clip}, edit {name}: {reason}"
+        for record in records
+        for clip, reasons in record["refused"].items()
+        for name, reason in reasons.items()
+    ]
+    if refused:
+        yield f"warning: {len(refused)} edits do not fit their clips and have no rows; the first: {refused[0]}"
+    if doubtful := sum(record["doubtful"] for record in records):
+        first = next(record["first_doubtful"] for record in records if record["doubtful"])
+        yield f"warning: {doubtful} edits leave what the model was trained on; the first: {first}"
+
+
+def _generator(device: str | torch.device, seed: int, clip: str, sample: int) -> torch.Generator:
+    """The source of one future's draws."""
+    digest = hashlib.blake2b(f"{seed}/{clip}/{sample}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+class _EditedClip(NamedTuple):
+    clip: Clip
+    edit: str
+    context: Edited
+
+
+def _edit_clips(
+    clips: Sequence[Clip], seen: Particles, edits: Sequence[Edit], notes: list[EditNote] | None
+) -> list[_EditedClip]:
+    """Every clip's context after each edit that is for it."""
+    found = []
+    for i, clip in enumerate(clips):
+        own = Particles(*(values[i : i + 1] for values in seen))
+        for edit in edits:
+            if not edit.is_for(clip.key):
+                continue
+            try:
+                doubts = what_if.concerns(own, edit)
+                found.append(_EditedClip(clip, edit.name, what_if.apply(own, [edit])))
+            except ValueError as error:
+                if notes is None:
+                    raise ValueError(f"clip {clip.key}: {error}") from None
+                notes.append(EditNote(clip.key, edit.name, str(error), refused=True))
+            else:
+                if doubts and notes is not None:
+                    notes.append(EditNote(clip.key, edit.name, "; ".join(doubts), refused=False))
+    return found
+
+
+def _edited_blocks(
+    model: VideoModel[Any],
+    family: Family,
+    edited: Sequence[_EditedClip],
+    horizon: int,
+    device: str | torch.device,
+    extras: Sequence[str],
+    samples: int,
+    sample_seed: int,
+) -> list[Block]:
+    """The futures of edited contexts; those that hold a transparency need another rollout than those that do not."""
+    blocks = []
+    for held in (False, True):
+        alike = [each for each in edited if bool(each.context.held.any()) == held]
+        for first in range(0, len(alike), EDITS_AT_ONCE):
+            some = alike[first : first + EDITS_AT_ONCE]
+            joined = Particles(*(torch.cat(values) for values in zip(*(e.context.latents for e in some), strict=True)))
+            context = Edited(joined, torch.cat([each.context.held for each in some]))
+            blocks += _futures(family, model, some, what_if.rollout(model, context, horizon), extras, 0)
+    for each in edited if samples else ():
+        for sample in range(1, samples + 1):
+            generator = _generator(device, sample_seed, each.clip.key, sample)
+            drawn = what_if.rollout(model, each.context, horizon, generator=generator)
+            blocks += _futures(family, model, [each], drawn, extras, sample)
+    return blocks
+
+
+def _futures(
+    family: Family,
+    model: VideoModel[Any],
+    edited: Sequence[_EditedClip],
+    future: Particles,
+    extras: Sequence[str],
+    sample: int,
+) -> list[Block]:
+    """Blocks of edited futures, of which there are no true frames."""
+    scene = model.decode(future, components=True) if _needs_masks(family, extras) else None
+    dense = _dense(family, future, scene, extras)
+    context = edited[0].context.latents.depth.shape[1]
+    clips, names = [each.clip for each in edited], [each.edit for each in edited]
+    return _to_blocks(clips, dense, "predicted", context, {}, names, sample)
 
 
 def _unseen_blocks(
@@ -409,6 +692,7 @@ def _unseen_blocks(
     seen: Any,
     unseen: Any,
     extras: Sequence[str],
+    sample: int = 0,
 ) -> list[Block]:
     """Blocks of frames that were not looked at; ``seen`` are the latents of those before, from the first one on."""
     context, count = seen[0].shape[1], unseen[0].shape[1]
@@ -420,7 +704,7 @@ def _unseen_blocks(
     elif known:
         scene = model.decode(segments.cut(unseen, 0, known))
     errors = {"predict_mse": frame_mse(scene.video[:, :known], truth).cpu().numpy()} if scene and known else {}
-    return _to_blocks(clips, _dense(family, unseen, scene, extras, before), kind, context, errors)
+    return _to_blocks(clips, _dense(family, unseen, scene, extras, before), kind, context, errors, sample=sample)
 
 
 def _needs_masks(family: Family, extras: Sequence[str]) -> bool:
@@ -487,7 +771,13 @@ def _to_bytes(shares: np.ndarray) -> np.ndarray:
 
 
 def _to_blocks(
-    clips: Sequence[Clip], dense: dict[str, np.ndarray], kind: str, context: int, errors: dict[str, np.ndarray]
+    clips: Sequence[Clip],
+    dense: dict[str, np.ndarray],
+    kind: str,
+    context: int,
+    errors: dict[str, np.ndarray],
+    edits: Sequence[str] = (),
+    sample: int = 0,
 ) -> list[Block]:
     frame = context + np.arange(next(iter(dense.values())).shape[1])
     return [
@@ -499,6 +789,8 @@ def _to_blocks(
             latents={name: values[i] for name, values in dense.items()},
             errors={name: values[i] for name, values in errors.items()},
             context=context,
+            edit=edits[i] if edits else "",
+            sample=sample,
         )
         for i, clip in enumerate(clips)
     ]

@@ -85,6 +85,10 @@ class Source(Protocol):
         """Bring a shard to the local disk, if it is not there."""
         ...
 
+    def keys(self, shard: int) -> tuple[str, ...]:
+        """Keys of the clips of a shard, in order; does not fetch it."""
+        ...
+
     def open_shard(self, shard: int) -> Shard: ...
 
 
@@ -373,6 +377,10 @@ class _SimSource:
     def fetch(self, shard: int) -> None:
         """Do nothing: there are no files."""
 
+    def keys(self, shard: int) -> tuple[str, ...]:
+        shard_of = self.open_shard(shard)
+        return tuple(map(shard_of.key, range(len(shard_of))))
+
     def open_shard(self, shard: int) -> Shard:
         first, count = shard * SIM_SHARD, self.shard_sizes[shard]
         return _SimShard(self._simulator.episodes(self.split, first, count, None))
@@ -443,6 +451,10 @@ class _FolderSource:
 
     def fetch(self, shard: int) -> None:
         self._map(self._shards[shard])
+
+    def keys(self, shard: int) -> tuple[str, ...]:
+        with self._index_lock:
+            return tuple(self._index.read_row_group(shard, columns=["key"])["key"].to_pylist())
 
     def open_shard(self, shard: int) -> Shard:
         listed = self._shards[shard]

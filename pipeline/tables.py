@@ -381,10 +381,17 @@ def read_parts(folder: str, table: Table, columns: Sequence[str] | None = None) 
         yield rows if columns is None or "clip" in columns else rows.drop_columns(["clip"])
 
 
-def iter_clips(folder: str, columns: Sequence[str] | None = None, kind: str = "posterior") -> Iterator[ClipLatents]:
+def iter_clips(
+    folder: str,
+    columns: Sequence[str] | None = None,
+    kind: str = "posterior",
+    *,
+    edit: str | None = "",
+    sample: int | None = 0,
+) -> Iterator[ClipLatents]:
     """The clips of a folder one after the other, in the order of its parts; holds one part at a time.
 
-    Checks what ``read_parts`` checks. A clip comes once per context, edit and sample that it was predicted with.
+    Checks what ``read_parts`` checks. A clip comes once, the unedited and deterministic one, unless told otherwise.
 
     Args:
         folder: finished folder of tables, local or s3://.
@@ -392,11 +399,13 @@ def iter_clips(folder: str, columns: Sequence[str] | None = None, kind: str = "p
             takes all. Frame numbers and errors always come; where nothing of ``objects/`` is wanted, only its first
             part is read.
         kind: one of ``KINDS``.
+        edit: name of a what-if edit; empty takes clips as they are, None all: a clip then comes once per edit.
+        sample: number of a drawn future; 0 takes the deterministic one, None all.
 
     Raises:
-        ValueError: a part is damaged, a name does not exist, or the folder has no rows of this kind.
+        ValueError: a part is damaged, a name does not exist, or the folder has no rows of this kind, edit and sample.
     """
-    kinds: set[str] = set()
+    seen: set[tuple[str, str, int]] = set()
     fields: dict[Table, Fields] = {}
     part_of: dict[str, str] = {}
     manifest = read_manifest(folder)
@@ -413,17 +422,24 @@ def iter_clips(folder: str, columns: Sequence[str] | None = None, kind: str = "p
         for found in zip_longest(*runs):
             if len({run and run[0] for run in found}) > 1:
                 raise ValueError(f"part {part['name']} of {folder} has other clips in objects/ than in frames/")
-            kinds.add(found[0][0].kind)
-            _require_one_part(folder, found[0][0].clip, part["name"], part_of)
-            if found[0][0].kind == kind:
-                yield _join(found[0][0], *(rows for _, rows in found))
-    if kind not in kinds:
-        raise _no_such_kind(folder, kind, kinds)
+            key = found[0][0]
+            seen.add((key.kind, key.edit, key.sample))
+            _require_one_part(folder, key.clip, part["name"], part_of)
+            if _is_wanted(key, kind, edit, sample):
+                yield _join(key, *(rows for _, rows in found))
+    _require_rows(folder, kind, edit, sample, seen)
 
 
-def load_clips(folder: str, columns: Sequence[str] | None = None, kind: str = "posterior") -> list[ClipLatents]:
+def load_clips(
+    folder: str,
+    columns: Sequence[str] | None = None,
+    kind: str = "posterior",
+    *,
+    edit: str | None = "",
+    sample: int | None = 0,
+) -> list[ClipLatents]:
     """All that ``iter_clips`` gives, in memory."""
-    return list(iter_clips(folder, columns, kind))
+    return list(iter_clips(folder, columns, kind, edit=edit, sample=sample))
 
 
 def load_clip(
@@ -438,6 +454,7 @@ def load_clip(
 ) -> ClipLatents:
     """One clip by its key. Reads ``frames/`` up to its part, and of ``objects/`` that part alone; checks what it reads.
 
+    ``edit`` and ``sample`` choose among several futures: the unedited, deterministic one unless told otherwise.
     ``context`` is needed only where the clip was predicted with several. For many clips take ``ClipDataset``.
 
     Raises:
@@ -467,7 +484,9 @@ def load_clip(
             ]
             return _join(chosen[0], *rows)
         if keys:
-            has = "; ".join(", ".join(f"{n} {v!r}" for n, v in key._asdict().items() if n != "clip") for key in keys)
+            some = keys if len(keys) <= 8 else [key for key in keys if key.kind == kind][:8] or keys[:8]
+            has = "; ".join(", ".join(f"{n} {v!r}" for n, v in key._asdict().items() if n != "clip") for key in some)
+            has += f"; and {len(keys) - len(some)} more" if len(some) < len(keys) else ""
             raise ValueError(f"clip {clip} has {len(chosen)} runs of frames that fit, wanted one; it has {has}")
     raise ValueError(f"{folder} has no clip {clip!r}; its clips lie between {first!r} and {last!r}")
 
@@ -480,7 +499,7 @@ class ClipDataset:
     threads and in processes that were forked or that unpickled it; each process has its own cache.
 
     Args:
-        folder, columns, kind: as in ``iter_clips``.
+        folder, columns, kind, edit, sample: as in ``iter_clips``.
         cache_gb: memory for decoded rows, in GB per process; the least recently used go first.
 
     Raises:
@@ -488,7 +507,14 @@ class ClipDataset:
     """
 
     def __init__(
-        self, folder: str, columns: Sequence[str] | None = None, kind: str = "posterior", *, cache_gb: float = 1.0
+        self,
+        folder: str,
+        columns: Sequence[str] | None = None,
+        kind: str = "posterior",
+        *,
+        edit: str | None = "",
+        sample: int | None = 0,
+        cache_gb: float = 1.0,
     ) -> None:
         self.folder = folder
         self.cache_gb = cache_gb
@@ -506,7 +532,7 @@ class ClipDataset:
         """Model, dataset and what else all parts have in common."""
         self._places: dict[tuple[Table, int], _Places] = {}
         self._cache: dict[tuple[Table, int, int], _Runs] = {}
-        kinds: set[str] = set()
+        seen: set[tuple[str, str, int]] = set()
         part_of: dict[str, str] = {}
         for number, part in enumerate(self.parts):
             frames = self.open_part("frames", number)
@@ -516,14 +542,13 @@ class ClipDataset:
                 self.provenance = provenance_of(frames.schema_arrow)[1]
             self._places["frames", number] = _Places.of(frames.metadata)
             for key, rows in _iter_runs(frames, part_path(folder, "frames", part), {"frame": ("frame",)}):
-                kinds.add(key.kind)
+                seen.add((key.kind, key.edit, key.sample))
                 _require_one_part(folder, key.clip, part["name"], part_of)
-                if key.kind == kind:
+                if _is_wanted(key, kind, edit, sample):
                     self.keys.append(key)
                     self.lengths.append(len(rows["frame"]))
                     self.part_of.append(number)
-        if kind not in kinds:
-            raise _no_such_kind(folder, kind, kinds)
+        _require_rows(folder, kind, edit, sample, seen)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -670,6 +695,26 @@ def _naming_damage(path: str) -> Iterator[None]:
 def _require_one_part(folder: str, clip: str, part: str, part_of: dict[str, str]) -> None:
     if part_of.setdefault(clip, part) != part:
         raise ValueError(f"{folder} has rows of clip {clip} in part {part_of[clip]} and in {part}; extract again")
+
+
+def _is_wanted(key: ClipKey, kind: str, edit: str | None, sample: int | None) -> bool:
+    return key.kind == kind and edit in (None, key.edit) and sample in (None, key.sample)
+
+
+def _require_rows(
+    folder: str, kind: str, edit: str | None, sample: int | None, seen: set[tuple[str, str, int]]
+) -> None:
+    """Refuse a choice that no clip has, given what there is: kind, edit and sample."""
+    if kind not in {each for each, _, _ in seen}:
+        raise _no_such_kind(folder, kind, {each for each, _, _ in seen})
+    there = sorted((e, s) for each, e, s in seen if each == kind)
+    if not any(edit in (None, e) and sample in (None, s) for e, s in there):
+        edits, samples = sorted({e for e, _ in there}), sorted({s for _, s in there})
+        shown = ", ".join(map(repr, edits[:8])) + (f" and {len(edits) - 8} more" if len(edits) > 8 else "")
+        raise ValueError(
+            f"{folder} has no {kind} rows of edit {edit!r} and sample {sample!r}; it has edits {shown} ('' is the clip "
+            f"as it is) and samples {samples[0]} to {samples[-1]}"
+        )
 
 
 def _no_such_kind(folder: str, kind: str, kinds: set[str]) -> ValueError:

@@ -31,6 +31,7 @@ from typing import IO, Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -67,7 +68,7 @@ _FILES: dict[str, set[str]] = {
     "split": {"manifest.json", "index.parquet", "quarantine.parquet"},
     "run": {"config.json", "metrics.jsonl", "last.json", "report.html", "metrics.json"},
     "checkpoint": {"COMPLETE", *_CHECKPOINT},
-    "tables": {"settings.json", "manifest.json"},
+    "tables": {"settings.json", "manifest.json", "what-if.mp4", "what-if.gif", "what-if.png"},
     "evaluation": {"metrics.json", "report.html"},
 }
 _FOLDERS: dict[str, set[str]] = {
@@ -264,6 +265,7 @@ def verify_part(folder: str, record: Mapping[str, Any], settings: Mapping[str, A
         try:
             _check_objects(rows["objects"], rows["frames"])
             _check_counts(rows, record)
+            _check_futures(rows["frames"], settings, record)
         except FaultError as fault:
             findings.append(Finding(fault.kind, f"objects/{record['name']}.parquet", str(fault)))
     clips = rows["frames"]["clip"].unique().to_pylist() if "frames" in rows else []
@@ -818,6 +820,10 @@ def _check_record(record: Mapping[str, Any]) -> None:
     """
     if not _SHARD.fullmatch(record["name"]) or record["clips"] < 1 or record["clips_not_finite"] < 0:
         raise FaultError(f"name {record['name']!r}, clips {record['clips']!r}")
+    edits = record.get("edits", {"refused": {}, "doubtful": 0})
+    reasons = [reason for each in edits["refused"].values() for reason in each.values()]
+    if edits["doubtful"] < 0 or not all(isinstance(reason, str) for reason in reasons):
+        raise FaultError(f"edits {_shorten(edits)}")
     for table in _TABLES:
         _check_entry(record[table])
         if record[table]["rows"] < 1:
@@ -976,6 +982,28 @@ def _check_counts(rows: Mapping[str, pa.Table], record: Mapping[str, Any]) -> No
     for name, number in found.items():
         if number != record[name]:
             raise FaultError(f"{name} is {number} in the rows, {record[name]} is recorded; {REPEAT}")
+
+
+def _check_futures(frames: pa.Table, settings: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Compare the futures of each clip with the settings: every edit that was not refused, every sample.
+
+    Raises:
+        FaultError: there are more or fewer.
+    """
+    chosen = pc.call_function("equal", [frames["kind"].cast(pa.string()), pa.scalar("predicted")])
+    keys = frames.filter(chosen).select(["clip", "edit", "sample"])
+    keys = keys.group_by(keys.column_names).aggregate([])
+    found = set(zip(*(keys[name].to_pylist() for name in ("clip", "edit", "sample")), strict=True))
+    edits, refused = settings.get("edits", []), record.get("edits", {}).get("refused", {})
+    samples = range(settings.get("samples", 0) + 1)
+    wanted: set[tuple[str, str, int]] = set()
+    for clip in frames["clip"].unique().to_pylist() if settings.get("horizon") is not None else ():
+        names = {edit["name"] for edit in edits if edit.get("clip", clip) == clip} - set(refused.get(clip, ()))
+        wanted |= {(clip, name, sample) for name in ("", *names) for sample in samples}
+    if missing := sorted(wanted - found):
+        raise FaultError(f"{len(missing)} futures are missing, the first (clip, edit, sample) {missing[0]}; {REPEAT}")
+    if more := sorted(found - wanted):
+        raise FaultError(f"{len(more)} futures that the settings do not ask for, the first {more[0]}; {REPEAT}")
 
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray:

@@ -256,6 +256,33 @@ FAILURES = {
         "extract.py --checkpoint {run} --data {data} --out {out} --context 2 --closing 2",
         ["a ddlp model cannot interpolate", "(ssm)", "leave out --closing"],
     ),
+    "frames of a size that the model cannot take": (
+        "extract.py --checkpoint {ballistic} --data {data} --out {out}",
+        ["64x64", "32x32", "--size 32"],
+    ),
+    "no edits there": (
+        "extract.py --checkpoint {run} --data {data} --out {out} --context 2 --horizon 1 --edits {tmp}/none.json",
+        ["--edits {tmp}/none.json", "no such file"],
+    ),
+    "edits are no list": (
+        "extract.py --checkpoint {run} --data {data} --out {out} --context 2 --horizon 1 --edits {run}/last.json",
+        ["--edits {run}/last.json", "JSON list of edits"],
+    ),
+    # what_if.py
+    "no clip of that name": (
+        "what_if.py --checkpoint {run} --data {data} --out {out} --clip nothing --select index:0 --remove --context 2",
+        ["no clip 'nothing'", "among them"],
+    ),
+    "no particle of that number": (
+        "what_if.py --checkpoint {run} --data {data} --out {out} --clip test-v00000-c0000 --select index:9 --remove "
+        "--context 2",
+        ["particle 9", "the model has 4"],
+    ),
+    "no particles to edit": (
+        "what_if.py --checkpoint {ballistic} --data sim:cannonballs:size=32 --out {out} --clip test-000000 "
+        "--select index:0 --remove",
+        ["a ssm model has no particles", "(ddlp)"],
+    ),
     "tables of another model there": (
         "extract.py --checkpoint {other_run} --data {data} --out {tables}",
         ["{tables}", "model_id", "another --out"],

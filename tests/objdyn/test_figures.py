@@ -126,6 +126,44 @@ def test_animation_refuses_panels_of_different_length():
         figures.animation({"a": black(2), "b": black(3)})
 
 
+def test_trails_lead_from_the_past_to_the_present_of_visible_particles():
+    position = np.stack([np.linspace([-0.5, -0.5], [-0.5, 0.5], 5), np.tile([[0.5, 0.0]], (5, 1))], axis=1)
+    transparency = np.tile([[1.0, 0.0]], (5, 1))
+    drawn = figures.draw_trails(black(5, 32), position, transparency=transparency, length=2)
+    columns = [np.nonzero(picture.sum(axis=(0, 2)))[0] for picture in drawn]
+    assert drawn.shape == (5, 128, 128, 3)
+    for t, first in ((0, 0), (1, 0), (4, 2)):
+        ends = [((position[i, 0, 1] + 1) / 2 * 31 + 0.5) * 4 for i in (first, t)]
+        assert columns[t][0] == pytest.approx(ends[0], abs=5)
+        assert columns[t][-1] == pytest.approx(ends[1], abs=5)
+    assert drawn[:, 64:].sum() == 0  # the other one is not visible
+
+
+def test_highlighted_trails_are_broader_and_have_a_white_rim():
+    position = np.linspace([0, -0.5], [0, 0.5], 5)[:, None]
+    thin, broad = (
+        figures.draw_trails(black(5, 32), position, highlighted=np.array([chosen]))[-1] for chosen in (False, True)
+    )
+    middle = thin.shape[1] // 2
+    assert (broad[:, middle].sum(axis=-1) > 0).sum() > (thin[:, middle].sum(axis=-1) > 0).sum()
+    assert (broad[:, middle] >= 250).all(axis=-1).any()
+    assert not (thin[:, middle] >= 250).all(axis=-1).any()
+
+
+def test_a_film_has_every_picture_and_the_same_bytes_each_time():
+    av = pytest.importorskip("av")
+    pictures = np.stack([np.full((17, 33, 3), 60 * t, np.uint8) for t in range(4)])
+    data = figures.mp4(pictures, fps=5)
+    assert data == figures.mp4(pictures, fps=5)
+    with av.open(io.BytesIO(data)) as container:
+        assert container.streams.video[0].average_rate == 5
+        shown = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert shown.shape == (4, 18, 34, 3)
+    assert abs(shown[:, 4:12, 4:28].astype(int) - pictures[:, 4:12, 4:28]).max() <= 6
+    with pytest.raises(ValueError, match="a film needs pictures"):
+        figures.mp4(pictures[:0])
+
+
 def test_png_and_webp_open_again():
     picture = np.random.default_rng(0).integers(0, 255, (10, 12, 3), dtype=np.uint8)
     with Image.open(io.BytesIO(figures.png(picture))) as image:

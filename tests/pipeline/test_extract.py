@@ -279,7 +279,7 @@ def test_the_manifest_tells_what_was_done(make_run: Callable[..., ExtractRun], c
         assert part[table]["bytes"] == path.stat().st_size
         assert part[table]["rows"] == pq.read_metadata(path).num_rows
     found = tables.provenance_of(pq.read_schema(Path(run.out, "frames", "shard-00001.parquet")))
-    assert found == ("frames", module._plan(run, run.out)[0].provenance)
+    assert found == ("frames", module.plan(run, run.out)[0].provenance)
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -549,7 +549,7 @@ def test_a_folder_from_before_there_were_extras_goes_on(make_run: Callable[..., 
     extract(run)
     path = Path(run.out, "settings.json")
     later = module.LATER_SETTINGS
-    settings = {name: value for name, value in module._plan(run, run.out)[0].settings.items() if name not in later}
+    settings = {name: value for name, value in module.plan(run, run.out)[0].settings.items() if name not in later}
     path.write_bytes(store.sealed_json(settings))
     extract(run)
     with pytest.raises(ValueError, match=r"with extras \[\], but this run has extras \['masks'\]; choose"):
@@ -854,3 +854,241 @@ def test_a_worker_killed_while_it_writes_then_all_killed_then_a_rerun_give_equal
     assert files(run.out) == files(undisturbed.out)
     keys = tables.read_objects(run.out).select(tables.OBJECT_KEY)
     assert keys.group_by(list(tables.OBJECT_KEY)).aggregate([]).num_rows == keys.num_rows
+
+
+# Edits and samples
+
+EDITS: list[dict[str, Any]] = [
+    {"name": "down", "select": "index:0", "move": [0.1, 0]},
+    {"name": "gone", "select": "nearest:0,0", "remove": True},
+    {"name": "only-here", "select": "index:1", "scale": 1.5, "clip": "clip-001"},
+]
+
+
+@pytest.fixture
+def edits(tmp_path: Path) -> str:
+    """A file with two edits for all clips and one for clip-001."""
+    path = tmp_path / "edits.json"
+    path.write_text(json.dumps(EDITS))
+    return str(path)
+
+
+def futures(folder: str) -> dict[tuple[str, str, int], tables.ClipLatents]:
+    """Predicted rows by clip, edit and sample."""
+    clips = tables.iter_clips(folder, kind="predicted", edit=None, sample=None)
+    return {(clip.clip, clip.edit, clip.sample): clip for clip in clips}
+
+
+def rows_of(folder: str, table: str) -> pa.Table:
+    """Unedited, deterministic rows."""
+    rows = tables.read_objects(folder) if table == "objects" else tables.read_frames(folder)
+    kept = [
+        edit == "" and sample == 0
+        for edit, sample in zip(rows["edit"].to_pylist(), rows["sample"].to_pylist(), strict=True)
+    ]
+    return rows.filter(pa.array(kept)).replace_schema_metadata()
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_edits_and_samples_add_futures_and_leave_the_other_rows_as_they_are(
+    make_run: Callable[..., ExtractRun], edits: str
+):
+    plain, run = make_run("plain", limit=3), make_run(limit=3, edits=edits, samples=2)
+    extract(plain)
+    line = extract(run)
+    found = futures(run.out)
+    names = {clip: ["", "down", "gone"] + ["only-here"] * (clip == "clip-001") for clip in plain_clips(3)}
+    assert set(found) == {(clip, name, n) for clip in names for name in names[clip] for n in range(3)}
+    runs = 3 + len(found)
+    assert f"{(3 * FRAMES + len(found) * HORIZON) * 4} rows of objects" in line
+    rows = tables.read_objects(run.out).select(tables.OBJECT_KEY)
+    assert rows.group_by(rows.column_names).aggregate([]).num_rows == rows.num_rows
+    assert runs == len({tuple(key.values())[:5] for key in rows.to_pylist()})
+    for table in ("objects", "frames"):
+        assert rows_of(run.out, table).equals(rows_of(plain.out, table))
+    for (_, edit, _), clip in found.items():
+        assert np.isnan(clip.predict_mse[: FRAMES - CONTEXT]).all() == (edit != "")
+    assert verify.verify(VerifyRun(run.out)).startswith("ok: tables")
+
+
+def plain_clips(count: int) -> list[str]:
+    return [f"clip-{i:03d}" for i in range(count)]
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_rows_of_an_edit_are_the_future_of_the_edited_context(
+    make_run: Callable[..., ExtractRun], checkpoint: str, edits: str
+):
+    run = make_run(limit=2, edits=edits)
+    extract(run)
+    model = load_model(checkpoint).model
+    with torch.no_grad():
+        clip = Clip("clip-001", video(1), 25.0, 0, 2, "1.mp4")
+        seen = model.encode(to_model_input(collate([clip]))[:, :CONTEXT])
+        position = seen.position.clone()
+        position[:, :, 0, 0] += 0.1
+        moved = model.rollout(seen._replace(position=position), HORIZON)
+    found = futures(run.out)
+    np.testing.assert_allclose(
+        found["clip-001", "down", 0].objects["position"], moved.position[0], rtol=1e-4, atol=1e-4
+    )
+    gone = found["clip-001", "gone", 0].objects["transparency"]
+    assert ((gone == 0).all(axis=0)).sum() == 1
+    dataset = tables.ClipDataset(run.out, kind="predicted", edit="down")
+    assert [(key.clip, key.edit) for key in dataset.keys] == [("clip-000", "down"), ("clip-001", "down")]
+    with pytest.raises(
+        ValueError, match=r"no predicted rows of edit 'up' and sample 0; it has edits '', 'down', 'gone'"
+    ):
+        tables.load_clips(run.out, kind="predicted", edit="up")
+
+
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize("family", ["ddlp", "ssm"])
+def test_draws_follow_from_seed_clip_and_sample_alone(
+    make_run: Callable[..., ExtractRun], tmp_path: Path, family: str, edits: str
+):
+    checkpoint = write_checkpoint(tmp_path / "run", seed=0, family=family)
+    settings: dict[str, Any] = {"checkpoint": checkpoint, "limit": 3}
+    if family == "ddlp":
+        settings["edits"] = edits
+    else:
+        settings["data"] = PRESETS[family]["debug"].data
+    one = make_run("one", batch_size=1, samples=2, **settings)
+    four = make_run("four", batch_size=4, samples=3, **settings)
+    other = make_run("other", batch_size=4, samples=1, sample_seed=1, **settings)
+    for run in (one, four, other):
+        extract(run)
+    found, more, another = (futures(run.out) for run in (one, four, other))
+    field = DRAWN[family]
+    for key, clip in found.items():
+        np.testing.assert_allclose(clip.objects[field], more[key].objects[field], rtol=1e-4, atol=1e-4)
+        if key[2]:
+            assert not np.allclose(clip.objects[field], found[*key[:2], 0].objects[field], atol=1e-3)
+    assert len({clip.objects[field].tobytes() for clip in more.values()}) == len(more)
+    first = next(key for key in found if key[2] == 1)
+    assert not np.allclose(found[first].objects[field], another[first].objects[field], atol=1e-3)
+
+
+DRAWN = {"ddlp": "features", "ssm": "state"}
+"""A column that the draws change much."""
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_edits_that_do_not_fit_a_clip_are_counted_and_the_rest_goes_on(
+    make_run: Callable[..., ExtractRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "edits.json"
+    far = {"name": "far", "select": "nearest:-9,-9", "move": [0.1, 0]}
+    wide = {"name": "wide", "select": "index:0", "move": [0.5, 0]}
+    path.write_text(json.dumps([*EDITS, far, wide]))
+    run = make_run(limit=2, edits=str(path))
+    told = extract(run).splitlines()
+    assert told[1].startswith(
+        "warning: 2 edits do not fit their clips and have no rows; the first: clip clip-000, edit far: no visible"
+    )
+    assert told[2].startswith("warning: ")
+    assert "edits leave what the model was trained on" in told[2]
+    assert {edit for _, edit, _ in futures(run.out)} == {"", "down", "gone", "only-here", "wide"}
+    assert verify.verify(VerifyRun(run.out)).startswith("ok: tables")
+    record = store.read_json(str(Path(run.out, "parts", "shard-00000.json")))
+    assert set(record["edits"]["refused"]) == {"clip-000", "clip-001"}
+    before = files(run.out)
+    Path(run.out, "frames", "shard-00000.parquet").unlink()
+    extract(run)
+    assert files(run.out) == before
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_missing_future_is_found(make_run: Callable[..., ExtractRun], edits: str, capsys: pytest.CaptureFixture[str]):
+    run = make_run(limit=2, edits=edits, samples=1)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = module.clip_blocks
+        patch.setattr(
+            module, "clip_blocks", lambda *a, **k: [b for b in whole(*a, **k) if (b.edit, b.sample) != ("gone", 1)]
+        )
+        extract(run)
+    with pytest.raises(ValueError):  # noqa: PT011  # what it says is on stdout
+        verify.verify(VerifyRun(run.out))
+    assert "2 futures are missing, the first (clip, edit, sample) ('clip-000', 'gone', 1)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_edits_and_samples_are_exported_on_request(make_run: Callable[..., ExtractRun], edits: str, tmp_path: Path):
+    run = make_run(limit=2, edits=edits, samples=1)
+    extract(run)
+    counts = {(False, False): 2, (True, False): 7, (False, True): 4, (True, True): 14}
+    for (with_edits, with_samples), count in counts.items():
+        chosen = {"kind": "predicted", "edits": with_edits, "samples": with_samples}
+        for tensor in (True, False):
+            out = str(tmp_path / f"{with_edits}-{with_samples}-{tensor}.parquet")
+            export(ExportRun(run.out, out, tensor=tensor, **chosen))
+            rows = pq.read_table(out)
+            assert rows.num_rows == (count if tensor else count * HORIZON * 4)
+            keys = {tuple(key.values()) for key in rows.select(["clip", "edit", "sample"]).to_pylist()}
+            assert len(keys) == count
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_other_edits_or_samples_in_the_same_folder_are_refused(make_run: Callable[..., ExtractRun], edits: str):
+    run = make_run(limit=2)
+    extract(run)
+    with pytest.raises(ValueError, match=r"tables with edits \[\], but this run has edits \[\{'name': 'down'"):
+        extract(dataclasses.replace(run, edits=edits))
+    with pytest.raises(ValueError, match="tables with samples 0, but this run has samples 2;"):
+        extract(dataclasses.replace(run, samples=2))
+    extract(dataclasses.replace(run, sample_seed=5))  # without samples it changes nothing
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "a", "select": "index:4", "remove": True}, r"edit a names particle 4, but the model has 4, 0 to 3"),
+        ({"name": "a", "select": "index:0", "swap": "index:9"}, r"edit a names particle 9"),
+        (
+            {"name": "a", "select": "nearest:0,0", "remove": True, "frame": 3},
+            "context frame 3, but there are 3, 0 to 2",
+        ),
+        (
+            {"name": "a", "select": "index:0", "remove": True, "clip": "clip-0o1"},
+            r"split 'test' of .* has no clip 'clip-0o1'; it has 6, among them clip-001",
+        ),
+        (
+            {"name": "a", "select": "index:0", "remove": True, "clip": "clip-005"},
+            "clip clip-005 is not among the first 5 of .*; raise --limit",
+        ),
+        ({"name": "a.b", "select": "index:0", "remove": True}, r"--edits .*edits.json: entry 0: an edit's name"),
+        ({"name": "a", "select": "index:0", "turn": 3}, r"--edits .*edits.json: entry 0: an edit has no field 'turn'"),
+    ],
+)
+def test_wrong_edits_are_refused_before_anything_starts(
+    make_run: Callable[..., ExtractRun], tmp_path: Path, entry: dict[str, Any], message: str
+):
+    path = tmp_path / "edits.json"
+    path.write_text(json.dumps([entry]))
+    run = make_run(limit=5, edits=str(path))
+    with pytest.raises(ValueError, match=message):
+        extract(run)
+    assert not Path(run.out).exists()
+
+
+def test_edits_need_a_file_a_future_and_particles(make_run: Callable[..., ExtractRun], edits: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"--edits .*none.json: there is no such file"):
+        extract(make_run(edits=str(tmp_path / "none.json")))
+    with pytest.raises(ValueError, match="edits are of predicted frames: give context and horizon, too"):
+        make_run(edits=edits, context=None, horizon=None)
+    with pytest.raises(ValueError, match="samples are of predicted frames"):
+        make_run(samples=1, context=None, horizon=None)
+    with pytest.raises(ValueError, match="samples must be 0"):
+        make_run(samples=-1)
+    checkpoint = write_checkpoint(tmp_path / "run", seed=0, family="provide")
+    with pytest.raises(ValueError, match=r"a provide model has no particles to edit; give .* that has \(ddlp\)"):
+        extract(make_run(edits=edits, checkpoint=checkpoint, data=PRESETS["provide"]["debug"].data))
+
+
+def test_frames_of_another_size_are_refused_before_anything_starts(make_run: Callable[..., ExtractRun], tmp_path: Path):
+    checkpoint = write_checkpoint(tmp_path / "run", seed=0, family="iodine")
+    size = PRESETS["iodine"]["debug"].model.image_size
+    run = make_run(checkpoint=checkpoint, context=None, horizon=None)
+    with pytest.raises(ValueError, match=f"are 64x64, the model sees {size}x{size}; make shards with --size {size}"):
+        extract(run)
+    assert not Path(run.out).exists()

@@ -482,7 +482,8 @@ def test_a_clip_with_several_futures_asks_which(tmp_path: Path):
     futures = [block("clip-a", "predicted", context=c, sample=n) for c in (2, 3) for n in (0, 1)]
     folder = write_folder(tmp_path, [futures])
     assert_equal(tables.load_clip(folder, "clip-a", kind="predicted", context=3, sample=1), futures[3])
-    assert [clip.sample for clip in tables.iter_clips(folder, kind="predicted")] == [0, 1, 0, 1]
+    assert [clip.sample for clip in tables.iter_clips(folder, kind="predicted")] == [0, 0]
+    assert [clip.sample for clip in tables.iter_clips(folder, kind="predicted", sample=None)] == [0, 1, 0, 1]
     with pytest.raises(
         ValueError, match=r"2 runs of frames that fit, wanted one; it has .*context 3, edit '', sample 1"
     ):
