@@ -58,12 +58,14 @@ def stitch(
     transparency: Float[Tensor, "n k"],
     background: Float[Tensor, "n c h w"],
     alpha_noise: float = 0.0,
+    noise: Float[Tensor, "n k 1 h w"] | None = None,
 ) -> Stitched:
-    """Every particle on a full canvas of its own, then the sums over particles (DDLP, appendix D.4)."""
+    """Every particle on a full canvas of its own, then the sums over particles (DDLP, appendix D.4); ``noise`` may be
+    given."""
     canvas = paste_glimpses(glimpses, position, scale, background.shape[-2], background.shape[-1]).clamp(0, 1)
     alpha, rgb = canvas[:, :, :1], canvas[:, :, 1:]
     if alpha_noise > 0:
-        alpha = (alpha + alpha_noise * torch.randn_like(alpha)).clamp(0, 1)
+        alpha = (alpha + alpha_noise * (torch.randn_like(alpha) if noise is None else noise)).clamp(0, 1)
     visible = transparency[:, :, None, None, None] * alpha
     importance = visible * torch.sigmoid(-depth)[:, :, None, None, None]
     masks = visible * (importance / (importance.sum(1, keepdim=True) + 1e-5))

@@ -82,7 +82,7 @@ def read(
     points[..., 1] = height - points[..., 1]  # y up becomes y down
     coordinates = preprocessing.positions(points, height, width)
     x0, y0, x1, y1 = preprocessing.box(height, width)
-    present: np.ndarray = np.logical_and(points >= (x0, y0), points <= (x1, y1)).all(axis=-1)
+    present = np.all((points >= (x0, y0)) & (points <= (x1, y1)), axis=-1)
     labels = np.zeros(len(PALETTE), np.uint8)
     labels[colours] = np.arange(1, len(colours) + 1)
     distinct = len(set(colours.tolist())) == len(colours)

@@ -16,12 +16,12 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from objdyn.layers.convolution import MLP, ConvBlock, ConvChain, PatchCNN
-from objdyn.layers.spatial import inside_squares, paste_glimpses, spatial_softmax
+from objdyn.layers.spatial import inside_squares, paste_glimpses, paste_rows, rows_reached, spatial_softmax
 
 HIDDEN = 256
 """Width of every MLP of the image model."""
@@ -370,8 +370,8 @@ class Stitched(NamedTuple):
     components: Float[Tensor, "n k c h w"]
 
 
-COMPOSED_AT_ONCE = 8
-"""Frames that ``compose`` works on together: their canvases should stay in a processor's cache."""
+CANVAS_BYTES = 4 << 20
+"""Memory of the RGBA canvases of the frames that ``compose`` works on together: they should stay in a cache."""
 
 
 def compose(
@@ -386,12 +386,15 @@ def compose(
     """The ``video`` of ``stitch`` without what each particle contributes to it.
 
     A full canvas per particle would be most of a training step's memory. So a few frames are composed at a time, and in
-    the backward pass again, with the same noise.
+    the backward pass again, with the same noise. On a CPU a canvas has no more rows than the glimpses of these frames
+    reach, unless noise makes alpha positive everywhere.
     """
     inputs = (glimpses, position, scale, depth, transparency, background)
     wanted = torch.is_grad_enabled() and any(field.requires_grad for field in inputs)
+    height, width = background.shape[-2:]
+    at_once = max(1, CANVAS_BYTES // (4 * glimpses.shape[1] * height * width * glimpses.element_size()))
     pieces: list[Tensor] = []
-    for piece in zip(*(field.split(COMPOSED_AT_ONCE) for field in inputs), strict=True):
+    for piece in zip(*(field.split(at_once) for field in inputs), strict=True):
         if wanted:
             composed = checkpoint(_compose, piece, alpha_noise, use_reentrant=False, preserve_rng_state=alpha_noise > 0)
             pieces.append(cast(Tensor, composed))
@@ -402,16 +405,30 @@ def compose(
 
 def _compose(inputs: Sequence[Tensor], alpha_noise: float) -> Tensor:
     glimpses, position, scale, depth, transparency, background = inputs
-    canvas = paste_glimpses(glimpses, position, scale, background.shape[-2], background.shape[-1])
-    alpha, rgb = canvas[:, :, 0], canvas[:, :, 1:]
+    height, width = background.shape[-2:]
+    first = rows = None
+    if glimpses.device.type == "cpu" and alpha_noise == 0:
+        first, rows = rows_reached(position, scale, height, glimpses.shape[-1])
+    canvas = paste_rows(glimpses, position, scale, height, width, first, rows)  # (n, k, rows, 4, w)
+    alpha, rgb = canvas[:, :, :, :1], canvas[:, :, :, 1:]
     if alpha_noise > 0:
-        alpha = (alpha + alpha_noise * torch.randn_like(alpha)).clamp(0, 1)
-    alpha = alpha * transparency[:, :, None, None]
-    importance = alpha * torch.sigmoid(-depth)[:, :, None, None]
-    whole = importance.sum(1, keepdim=True) + 1e-5
+        alpha = (alpha + alpha_noise * torch.randn(alpha.shape, dtype=alpha.dtype, device=alpha.device)).clamp(0, 1)
+    alpha = alpha * transparency[:, :, None, None, None]
+    importance = alpha * torch.sigmoid(-depth)[:, :, None, None, None]
     shares = alpha * importance
-    free = (1 - shares.sum(1, keepdim=True) / whole).clamp_min(0)
-    return free * background + (shares.unsqueeze(2) * rgb).sum(1) / whole
+    terms = torch.cat([importance, shares, shares * rgb], dim=3)
+    sums = terms.sum(1) if first is None else _sum_rows(terms, first, height)
+    of_all = (sums[:, :, 1:] / (sums[:, :, :1] + 1e-5)).transpose(1, 2)  # (n, 4, h, w)
+    return (1 - of_all[:, :1]).clamp_min(0) * background + of_all[:, 1:]
+
+
+def _sum_rows(terms: Float[Tensor, "n k r c w"], first: Int[Tensor, "n k"], height: int) -> Float[Tensor, "n h c w"]:
+    """Sum over particles of canvases that begin at row ``first`` of the image."""
+    n, _, rows, c, w = terms.shape
+    image = torch.arange(n, device=first.device).view(n, 1, 1) * height
+    target = image + first.unsqueeze(-1) + torch.arange(rows, device=first.device)  # (n, k, rows)
+    sums = terms.new_zeros(n * height, c * w).index_add(0, target.flatten(), terms.flatten(0, 2).flatten(1))
+    return sums.view(n, height, c, w)
 
 
 def stitch(

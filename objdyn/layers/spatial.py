@@ -6,8 +6,10 @@ same hat function serves cutting and pasting. Equal to ``affine_grid`` + ``grid_
 Everything here keeps the precision of its inputs under autocast: bf16 would blur positions.
 """
 
+import math
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -67,6 +69,47 @@ def paste_glimpses(
         rows = hat_weights((pixel_axis(height, glimpses) - centre[:, :, 0]) * inverse[:, :, 0], size)  # (n, k, h, s)
         columns = hat_weights((pixel_axis(width, glimpses) - centre[:, :, 1]) * inverse[:, :, 1], size)  # (n, k, w, s)
         return rows.unsqueeze(2) @ glimpses @ columns.unsqueeze(2).transpose(-1, -2)
+
+
+def rows_reached(
+    position: Float[Tensor, "n k 2"], scale: Float[Tensor, "n k 2"], height: int, size: int
+) -> tuple[Int[Tensor, "n k"], int]:
+    """First row of a window for each particle, and the height of all windows, so that pasting reaches no row outside.
+
+    ``size`` is the glimpse's. The windows lie inside the image; their height is that of the largest (read from the
+    device). Carries no gradient.
+    """
+    with torch.no_grad():
+        # a glimpse's outermost pixels fade to zero one glimpse pixel outside
+        reach = scale[..., 0] * ((size + 1) / (size - 1)) * (0.5 * (height - 1))
+        centre = (position[..., 0] + 1) * (0.5 * (height - 1))
+        largest = float(reach.max())
+        rows = min(height, math.ceil(2 * largest) + 2) if math.isfinite(largest) else height
+        return (centre - reach).nan_to_num().floor().clamp(0, height - rows).long(), rows
+
+
+def paste_rows(
+    glimpses: Float[Tensor, "n k c s s"],
+    position: Float[Tensor, "n k 2"],
+    scale: Float[Tensor, "n k 2"],
+    height: int,
+    width: int,
+    first: Int[Tensor, "n k"] | None = None,
+    rows: int | None = None,
+) -> Float[Tensor, "n k r c w"]:
+    """The ``rows`` rows from ``first`` on of what ``paste_glimpses`` gives, or all; a pixel row has all channels."""
+    n, k, c, size, _ = glimpses.shape
+    inverse = 1 / (scale + 1e-9)
+    centre, inverse = position.unsqueeze(-1), inverse.unsqueeze(-1)
+    with torch.autocast(glimpses.device.type, enabled=False):
+        y, x = pixel_axis(height, glimpses), pixel_axis(width, glimpses)
+        if first is not None and rows is not None:
+            y = y[first.unsqueeze(-1) + torch.arange(rows, device=first.device)]  # (n, k, r)
+        vertical = hat_weights((y - centre[:, :, 0]) * inverse[:, :, 0], size)  # (n, k, r, s)
+        horizontal = hat_weights((x - centre[:, :, 1]) * inverse[:, :, 1], size)  # (n, k, w, s)
+        pasted = vertical @ glimpses.transpose(2, 3).reshape(n, k, size, c * size)
+        pasted = pasted.view(n, k, -1, size) @ horizontal.transpose(-1, -2)
+        return pasted.view(n, k, -1, c, width)
 
 
 def inside_squares(

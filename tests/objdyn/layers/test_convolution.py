@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from objdyn.layers import convolution
 from objdyn.layers.convolution import MLP, ConvBlock, ConvChain, PatchCNN
 from objdyn.layers.particles import BackgroundDecoder, GlimpseDecoder
 from pipeline import textbook_ddlp
@@ -113,11 +114,10 @@ def test_a_chain_keeps_one_tensor_for_each_convolution() -> None:
 
     def kept(run: Callable[[Tensor], Tensor]) -> list[int]:
         seen: dict[int, int] = {}
-        parameters = {p.data_ptr() for p in chain.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:
-            if tensor.ndim == 4 and tensor.data_ptr() not in parameters:
-                seen[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            if tensor.ndim == 4 and len(tensor) == len(x):  # no weights
+                seen[tensor.data_ptr()] = size
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -128,6 +128,19 @@ def test_a_chain_keeps_one_tensor_for_each_convolution() -> None:
     fast, slow = kept(chain), kept(lambda v: textbook_ddlp.conv_chain(chain, v))
     assert len(fast) <= convolutions + 1  # and the sigmoid's output
     assert sum(fast) < sum(slow) / 3
+
+
+def test_many_images_pass_in_pieces_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, _ = example("background decoder, two doublings", torch.float64)
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    whole = outcome(chain, chain, x)
+    seen: list[int] = []
+    activate = convolution._activate
+    monkeypatch.setattr(convolution, "_activate", lambda x, *rest: seen.append(len(x)) or activate(x, *rest))
+    monkeypatch.setattr(convolution, "PIECE_BYTES", 3 * 8 * 16 * 64 * 64 // 2)
+    for a, b in zip(outcome(chain, chain, x), whole, strict=True):
+        torch.testing.assert_close(a, b)
+    assert set(seen) == {3, 1}
 
 
 def test_mlp_has_no_activation_after_its_last_layer() -> None:

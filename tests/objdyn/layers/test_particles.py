@@ -1,11 +1,11 @@
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from objdyn.layers import particles as particles_module
 from objdyn.layers.particles import (
-    COMPOSED_AT_ONCE,
     BackgroundDecoder,
     BackgroundEncoder,
     GlimpseDecoder,
@@ -138,24 +138,34 @@ def particles(n: int = 3, k: int = 4, spread: float = 0.8) -> Inputs:
 
 
 @pytest.mark.parametrize("n", [1, 8, 19])
-@pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_composing_a_few_frames_at_a_time_equals_full_canvases_with_all_gradients(n: int, noise: float) -> None:
-    inputs = particles(n)
+@pytest.mark.parametrize("spread", [0.8, 1.5, 4.0])
+def test_composing_a_few_frames_at_a_time_equals_full_canvases_with_all_gradients(
+    n: int, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(particles_module, "CANVAS_BYTES", 8 * 4 * 4 * 32 * 32 * 8)  # of 8 frames
+    inputs = particles(n, spread=spread)
     weights = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def outcome(video: torch.Tensor) -> list[torch.Tensor]:
         return [video, *torch.autograd.grad((weights * video).sum(), inputs)]
 
+    slow = outcome(textbook_ddlp.stitch(*inputs).video)
+    torch.testing.assert_close(stitch(*inputs).video, slow[0])
+    for a, b in zip(outcome(compose(*inputs)), slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
+def test_composing_with_noise_on_alpha_equals_full_canvases_with_the_same_noise() -> None:
+    inputs = particles(3)
+
+    def outcome(video: torch.Tensor) -> list[torch.Tensor]:
+        return [video, *torch.autograd.grad(video.square().sum(), inputs)]
+
     torch.manual_seed(0)
-    fast = outcome(compose(*inputs, alpha_noise=noise))
+    fast = outcome(compose(*inputs, alpha_noise=0.1))
     torch.manual_seed(0)
-    if noise:  # the same draws: noise is drawn a few frames at a time
-        pieces = zip(*(field.split(COMPOSED_AT_ONCE) for field in inputs), strict=True)
-        drawn = [textbook_ddlp.stitch(*cast(Inputs, piece), alpha_noise=noise).video for piece in pieces]
-        slow = outcome(torch.cat(drawn))
-    else:
-        slow = outcome(textbook_ddlp.stitch(*inputs).video)
-        torch.testing.assert_close(stitch(*inputs).video, slow[0])
+    noise = torch.randn(3, 4, 32, 1, 32, dtype=torch.float64).transpose(2, 3)
+    slow = outcome(textbook_ddlp.stitch(*inputs, alpha_noise=0.1, noise=noise).video)
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
 
