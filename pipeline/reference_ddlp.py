@@ -8,7 +8,9 @@ A pair of forms computes the same from the same tensors, on one thread, in alter
 and taken inside a pair. With gradients means forward and backward to inputs and weights.
 """
 
+import contextlib
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -17,14 +19,15 @@ import torch
 from torch import Tensor
 
 from objdyn import families
-from objdyn.layers import particles, spatial
+from objdyn.layers import convolution, particles, spatial
+from objdyn.models import ddlp, dlp
 from objdyn.models.ddlp import DDLP, DDLPConfig, match_template
 from objdyn.models.dlp import Particles
 from pipeline import textbook_ddlp, textbook_pint
 from pipeline.presets import PRESETS
 from pipeline.reference import THREADS, Figures, at_most, measure_step
 from pipeline.textbook import compare, forms_table, verdicts_table
-from pipeline.timing import in_child, repeat, spread
+from pipeline.timing import in_child, repeat, replaced, spread
 
 MAIN_PHASE = 1_000_000_000
 """A step after every schedule."""
@@ -32,6 +35,10 @@ CONTEXT, HORIZON = 10, 40
 """Frames of the rollout that are seen, and predicted."""
 FORMS_OF = "balls-released"
 """The preset whose sizes the forms have, but for one of obj3d128."""
+CONVOLUTIONS = 20
+"""Convolutions in one measurement of the machine."""
+ISSUE_RATE = 170
+"""GFLOP per CPU second of the machine on which the targets were set."""
 
 
 class Setting(NamedTuple):
@@ -73,9 +80,11 @@ def measure(steps: int, pairs: int, say: Callable[[str], None]) -> dict[str, Any
     for name in FORMS:
         say(f"reference: {name}")
         forms[name] = in_child(measure_form, name, config_of(FORMS_OF), pairs)
+    say("reference: convolution on this machine")
     return {
         "threads": THREADS,
         "steps": steps,
+        "convolution": in_child(measure_convolution, pairs, THREADS),
         "rows": rows,
         "rollout": rollout,
         "forms": forms,
@@ -86,6 +95,26 @@ def measure(steps: int, pairs: int, say: Callable[[str], None]) -> dict[str, Any
 def config_of(preset: str) -> DDLPConfig:
     """A preset's model with the squared error, in which the authors' code was measured."""
     return replace(cast(DDLPConfig, PRESETS["ddlp"][preset].model), recon_loss="mse")
+
+
+def measure_convolution(times: int, threads: int) -> dict[str, Any]:
+    """GFLOP per CPU second of a 3x3 convolution, 64 channels to 64, of 8 maps of 64 x 64: what bounds a step here."""
+    torch.set_num_threads(threads)
+    maps = torch.randn(8, 64, 66, 66).contiguous(memory_format=torch.channels_last)
+    kernel = torch.randn(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+    gflop = CONVOLUTIONS * 2 * 9 * 64 * 64 * 64 * 64 * len(maps) / 1e9
+    rates = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        x, weight = maps.to(dtype), kernel.to(dtype)
+        found = []
+        for number in range(1 + times):
+            begin = time.process_time()
+            for _ in range(CONVOLUTIONS):
+                torch.conv2d(x, weight)
+            if number:
+                found.append(gflop / (time.process_time() - begin))
+        rates[name] = spread(found)._asdict()
+    return rates
 
 
 def measure_rollout(config: DDLPConfig, context: int, horizon: int, times: int, threads: int) -> dict[str, Any]:
@@ -222,16 +251,40 @@ def _appearance(model: DDLP, shrink: Shrink) -> Calls:
     )
 
 
+def _step(model: DDLP, shrink: Shrink) -> Calls:
+    """Forward and backward of the loss, with every form that has a textbook's exchanged for it."""
+    size = model.config.image_size
+    video = torch.rand(shrink(4), model.config.max_frames + 1, 3, size, size)
+    fast = _with_gradients(lambda: model(video).total, list(model.parameters()), allow_unused=True)
+    exchanged: list[tuple[Any, str, Any]] = [
+        (convolution.ConvChain, "forward", textbook_ddlp.conv_chain),
+        (dlp, "compose", lambda *arguments, **named: textbook_ddlp.stitch(*arguments, **named).video),
+        (dlp, "cut_glimpses", textbook_ddlp.cut_glimpses),
+        (dlp, "background_mask", textbook_ddlp.background_mask),
+        (ddlp, "match_template", textbook_pint.score_maps),
+    ]
+
+    def textbook() -> Tensor:
+        with contextlib.ExitStack() as stack:
+            for owner, name, function in exchanged:
+                stack.enter_context(replaced(owner, name, function))
+            return fast()
+
+    return fast, textbook
+
+
 def _positions(n: int, k: int) -> Tensor:
     return 1.6 * torch.rand(n, k, 2) - 0.8
 
 
-def _with_gradients(function: Callable[[], Tensor], leaves: Iterable[Tensor]) -> Callable[[], Tensor]:
+def _with_gradients(
+    function: Callable[[], Tensor], leaves: Iterable[Tensor], allow_unused: bool = False
+) -> Callable[[], Tensor]:
     leaves = list(leaves)
 
     def call() -> Tensor:
         value = function()
-        torch.autograd.grad(value.square().sum(), leaves)
+        torch.autograd.grad(value.square().sum(), leaves, allow_unused=allow_unused)
         return value.detach()
 
     return call
@@ -247,6 +300,7 @@ FORMS: dict[str, Callable[[DDLP, Shrink], Calls]] = {
     "PINT's layers, 32 clips, with gradients": _attention,
     "rollout, 10 + 40 frames": _rollout,
     "appearance of 4 clips x 11 frames, with gradients": _appearance,
+    "whole step of 4 clips x 11 frames, with gradients": _step,
 }
 """By name, what each optimisation is measured on."""
 
@@ -272,7 +326,7 @@ def _at_least(found: float, least: float) -> dict[str, Any]:
 
 
 def table(report: Mapping[str, Any]) -> list[list[list[str]]]:
-    """Four tables of cells, headings first: the steps, the rollout, the targets, the pairs of forms."""
+    """Five tables of cells, headings first: the steps, the rollout, the machine, the targets, the pairs of forms."""
     head = [
         "step",
         "clips x frames",
@@ -301,4 +355,8 @@ def table(report: Mapping[str, Any]) -> list[list[list[str]]]:
         [f"{rollout['context']} + {rollout['horizon']} frames", f"{rollout['frames_per_second']:.0f}",
          f"{least:.0f} - {most:.0f}", times],
     ]  # fmt: skip
-    return [rows, rates, verdicts_table(report["verdicts"]), forms_table(report["forms"])]
+    machine = [["3x3 convolution on this machine", "GFLOP per CPU s (least - most)", "where the targets were set"]]
+    for name, rate in report["convolution"].items():
+        found = f"{rate['median']:.0f} ({rate['least']:.0f} - {rate['most']:.0f})"
+        machine.append([name, found, str(ISSUE_RATE) if name == "fp32" else ""])
+    return [rows, rates, machine, verdicts_table(report["verdicts"]), forms_table(report["forms"])]

@@ -96,12 +96,14 @@ def test_targets_are_met_at_the_limit_and_missed_beyond_it() -> None:
     assert not found["rollout: predicted frames/s, goal"]["met"]
     form = {"forms": {n: {"cpu_ms": same(c), "ms": same(c)} for n, c in (("fast", 2.0), ("textbook", 9.0))},
             "ratio": same(4.5), "difference": 1e-6}  # fmt: skip
-    report = {"threads": 2, "rows": rows, "rollout": rollout, "verdicts": found, "forms": {"score maps": form}}
+    report = {"threads": 2, "rows": rows, "rollout": rollout, "verdicts": found, "forms": {"score maps": form},
+              "convolution": {"fp32": same(88.0), "bf16": same(160.0)}}  # fmt: skip
     text = "\n".join(benchmark._reference_table("ddlp", report))
     assert "balls-released, fp32" in text
     assert "6.14" in text  # 21.5 of the authors over 3.5
     assert "52 - 73" in text
     assert "50 + 100 + 100" in text
+    assert "88 (88 - 88)" in text
     assert "4.5 (4.5 - 4.5)" in text
 
 
@@ -114,6 +116,8 @@ def test_everything_is_measured_in_the_main_phase(monkeypatch: pytest.MonkeyPatc
             return function(TINY, 3, 4, 1, torch.get_num_threads())
         if function is reference_ddlp.measure_step:
             return row(1.0, 1.0)
+        if function is reference_ddlp.measure_convolution:
+            return function(1, torch.get_num_threads())
         return function(arguments[0], TINY, 1, 0.05)
 
     monkeypatch.setattr(reference_ddlp, "in_child", here)
@@ -128,5 +132,6 @@ def test_everything_is_measured_in_the_main_phase(monkeypatch: pytest.MonkeyPatc
     )
     assert report["rollout"]["frames_per_second"] > 0
     assert set(report["rollout"]["parts"]) == {"encode", "rollout", "decode"}
-    assert len(said) == 6 + 1 + 1
+    assert len(said) == 6 + 1 + 1 + 1
+    assert all(rate["least"] > 0 for rate in report["convolution"].values())
     assert "rollout: predicted frames/s, goal" in report["verdicts"]
