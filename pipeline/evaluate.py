@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from objdyn.clips import Clip, collate, stack_truth, to_frames, to_model_input
-from objdyn.families import FAMILIES, Family, describe
+from objdyn.families import Family, describe, family_of
 from objdyn.layers.perceptual import Network
 from objdyn.metrics import position
 from objdyn.metrics.image import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
@@ -185,7 +185,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     }
     summarise_frames(metrics, scores, reasons)
     summarise_positions(metrics, tracks, run, source, horizon, reasons)
-    summarise_segmentation(metrics, segmented, loaded.family, reasons)
+    summarise_segmentation(metrics, segmented, loaded.config, reasons)
     if found is not None:
         trajectories.summarise(
             metrics,
@@ -302,9 +302,12 @@ def summarise_positions(
 
 
 def summarise_segmentation(
-    metrics: dict[str, Any], found: segments.Scores, family: str, reasons: dict[str, str]
+    metrics: dict[str, Any], found: segments.Scores, config: Any, reasons: dict[str, str]
 ) -> None:
-    """Add the metrics of ``segments.KEYS``, as the frame metrics have them; NaN rows are clips without truth."""
+    """Add the metrics of ``segments.KEYS``, as the frame metrics have them; NaN rows are clips without truth.
+
+    ``config`` is the model's, which says whether it tracks.
+    """
     with_truth = np.zeros(0, dtype=bool)
     counted = {"segmented_clips": 0, "frames_without_objects": 0}
     if found:
@@ -347,8 +350,8 @@ def summarise_segmentation(
             if name not in segments.WHOLE:
                 metrics["curves"][key] = [_finite(value) for value in _mean(values, axis=0)]
         metrics["per_clip"][key] = [_finite(value) for value in per_clip]
-        if name in segments.WHOLE and not prefix and not FAMILIES[family].tracked:
-            metrics["notes"][key] = f"slots of family {family} carry no identity from frame to frame"
+        if name in segments.WHOLE and not prefix and not describe(config).tracked:
+            metrics["notes"][key] = f"slots of family {family_of(config)} carry no identity from frame to frame"
 
 
 def _parts_of(key: str) -> tuple[str, str, str]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from objdyn.clips import Clip, collate, stack_truth, to_model_input
-from objdyn.families import FAMILIES, describe
+from objdyn.families import describe
 from objdyn.metrics import segmentation
 from objdyn.metrics.image import frame_mse
 from objdyn.simulators import bouncing_balls
@@ -207,7 +207,7 @@ def bouncing_balls_protocol(run: EvaluateRun) -> str:
     first = [_ours(loaded.family.upper(), main.lengths, LENGTHS, videos), *_baselines(main.lengths, LENGTHS, videos)]
     first[1:1] = bench.sequential(loaded, videos, LENGTHS, "SEQ-IODINE")
     more = list[str]()
-    if not FAMILIES[loaded.family].causal:
+    if not describe(loaded.config).causal:
         more.append(f"Family {loaded.family} is not causal: the first frames were encoded together with later ones.")
     if slots is not None:
         more.append(f"Slots: {loaded.config.num_slots}, as in training; --set model.num_slots is for Table 2 alone.")
@@ -370,7 +370,7 @@ class _Bench:
 
     def sequential(self, loaded: Loaded, videos: Videos, lengths: Sequence[int], name: str, **more: Any) -> list[Row]:
         """SEQ-IODINE, if the model is an IODINE; on binary videos it is clamped from 20 frames on."""
-        if not hasattr(loaded.config, "inference") or "rollout" in FAMILIES[loaded.family].verbs:
+        if not hasattr(loaded.config, "inference") or "rollout" in describe(loaded.config).verbs:
             return []
         clamped = loaded.config.sequential_clamp is None and self.binary
         short = [length for length in lengths if length < CLAMP_FROM or not clamped]
@@ -515,7 +515,7 @@ def _future(
     loaded: Loaded, clips: Sequence[Clip], video: Tensor, seen: Any
 ) -> tuple[segments.Scores, list[segmentation.VelocityCosine]]:
     """Metrics of each predicted frame, (videos, frames), with the baselines'; and velocities where there is truth."""
-    family, count = FAMILIES[loaded.family], AHEAD[-1]
+    family, count = describe(loaded.config), AHEAD[-1]
     after, last = slice(SEEN, SEEN + count), slice(SEEN - 1, SEEN)
     context = segments.render(loaded.model, seen, masks=True)
     future = segments.render(loaded.model, loaded.model.rollout(seen, count), masks=True)
@@ -607,7 +607,7 @@ def _prediction(loaded: Loaded, found: Found, videos: Videos) -> Table:
     if not found.ahead:
         reason = (
             f"the videos have {videos.source.num_frames} frames, fewer than {SEEN + AHEAD[-1]}"
-            if "rollout" in FAMILIES[loaded.family].verbs
+            if "rollout" in describe(loaded.config).verbs
             else f"family {loaded.family} does not predict: it has no rollout"
         )
         return Table(title, columns, (paper, Row(name, "ours", {}, {"*": reason})))
@@ -629,7 +629,7 @@ def _prediction(loaded: Loaded, found: Found, videos: Videos) -> Table:
 def _velocity(found: Found, loaded: Loaded, videos: Videos) -> dict[str, Any]:
     """Velocity cosine at the predicted frames, the batches' means weighted by their pairs."""
     title = f"Velocity cosine after {SEEN} frames (later submission, figure 4; no numbers are published)"
-    family = FAMILIES[loaded.family]
+    family = describe(loaded.config)
     if not found.velocity:
         reason = "the videos hold no true positions"
         if not (family.tracked and "rollout" in family.verbs):
