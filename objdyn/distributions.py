@@ -59,11 +59,14 @@ def beta_sample(
     """A sample of Beta(a, b), kept inside (0, 1) by ``BETA_EPS``.
 
     Reparameterised (implicit derivative of the Dirichlet) when drawn from torch's global state; with a ``generator``,
-    which ``torch.distributions`` does not take, it carries no gradient.
+    which ``torch.distributions`` does not take, it carries no gradient. How many numbers a draw takes depends on a
+    and b, so it has a generator of its own, seeded by one number of ``generator``: what is drawn next stays the same.
     """
     concentration = torch.stack([a, b], dim=-1)
     if generator is None:
         sample = torch.distributions.Dirichlet(concentration, validate_args=False).rsample()
     else:
-        sample = torch._sample_dirichlet(concentration.detach(), generator)  # pyright: ignore[reportPrivateImportUsage]
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        own = torch.Generator(generator.device).manual_seed(seed)
+        sample = torch._sample_dirichlet(concentration.detach(), own)  # pyright: ignore[reportPrivateImportUsage]
     return sample[..., 0].clamp(BETA_EPS, 1 - BETA_EPS)

@@ -430,6 +430,11 @@ def _check_edits(edits: Sequence[Edit], family: str, config: Any, context: int) 
     if not can_edit(FAMILIES[family]):
         able = ", ".join(name for name, each in FAMILIES.items() if can_edit(each))
         raise ValueError(f"a {family} model has no particles to edit; give the checkpoint of a model that has ({able})")
+    if not describe(config).tracked:
+        raise ValueError(
+            "this model finds its particles anew in every frame (model.tracking=false), so no edit can follow one; "
+            "give the checkpoint of a model that tracks"
+        )
     count = config.num_particles
     for edit in edits:
         if missing := [index for index in edit.indices if index >= count]:

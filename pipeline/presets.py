@@ -705,9 +705,9 @@ ABOUT: dict[str, dict[str, str]] = {
         "debug": "tiny DLPv2 for tests; seconds",
         "small": "DLPv2 on 64-pixel shapes; about a quarter of an hour on one core",
         "shapes": "random shapes at 64 pixels, with the proposal mixer",
-        "obj3d": "images of OBJ3D at 64 pixels",
-        "obj3d128": "images of OBJ3D at 128 pixels",
-        "traffic": "images of Traffic at 128 pixels",
+        "obj3d": "images of OBJ3D at 64 pixels, perceptual loss",
+        "obj3d128": "images of OBJ3D at 128 pixels, perceptual loss",
+        "traffic": "images of Traffic at 128 pixels, perceptual loss",
     },
     "iodine": {
         "debug": "tiny IODINE for tests; seconds",

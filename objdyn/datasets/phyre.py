@@ -10,7 +10,9 @@ Arrays are read from the archive one by one, their size known before memory is t
 """
 
 import dataclasses
+import lzma
 import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -105,6 +107,12 @@ def read(
     yield from cut_clips(video, cuts, preprocessing, fps, images, truth)
 
 
+READING_FAILS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, RuntimeError, ValueError
+)  # fmt: skip
+"""What a damaged archive raises; NotImplementedError is a RuntimeError."""
+
+
 def _rollout(video: Video, open_file: Open, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
     """Return the classes uint8 (t, h, w), row 0 at the top, and objects float32 (t, n, 14) of one file."""
     try:
@@ -115,7 +123,7 @@ def _rollout(video: Video, open_file: Open, limits: Limits) -> tuple[np.ndarray,
                 objects = _array(archive, "objects", limits)
     except VideoError:
         raise
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
+    except READING_FAILS as error:
         raise VideoError("unreadable", f"not an npz archive that can be read ({error})") from error
     if objects.shape[0] != len(classes) or not np.isfinite(objects).all():
         raise VideoError("bad-layout", f"objects {objects.shape} are not finite states of {len(classes)} frames")
@@ -130,7 +138,7 @@ def _rollout(video: Video, open_file: Open, limits: Limits) -> tuple[np.ndarray,
 
 def _array(archive: zipfile.ZipFile, name: str, limits: Limits) -> np.ndarray:
     if f"{name}.npy" not in archive.namelist():
-        raise VideoError("bad-layout", f"{name} is missing; it holds {', '.join(archive.namelist())}")
+        raise VideoError("bad-layout", f"{name} is missing; it holds {', '.join(archive.namelist()[:5])}")
     with archive.open(f"{name}.npy") as member:
         dtype, shape = npy.read_header(member, name)
         if name == "frames":
@@ -138,7 +146,7 @@ def _array(archive: zipfile.ZipFile, name: str, limits: Limits) -> np.ndarray:
         else:
             fits = dtype == np.float32 and len(shape) == 3 and shape[2] == _COLUMNS
             wanted = f"float32 (t, n, {_COLUMNS})"
-        if not fits or 0 in shape:
+        if not fits or min(shape) < 1:
             raise VideoError("bad-layout", f"{name} is {dtype} {shape}; {wanted} is wanted")
         limits.check_frames(shape[0])
         if name == "frames":

@@ -127,13 +127,7 @@ def _run(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 def _fits(conv: nn.Conv2d, before: Sequence[nn.Module]) -> bool:
     """Whether ``_ActivatedConv`` can do ``conv`` with the layers before it."""
     kinds = [type(layer) for layer in before]
-    known = kinds in (
-        [],
-        [nn.GroupNorm, nn.ReLU],
-        [nn.ReLU],
-        [nn.GroupNorm, nn.ReLU, nn.Upsample],
-        [nn.ReLU, nn.Upsample],
-    )
+    known = kinds in _BEFORE
     square = conv.kernel_size[0] == conv.kernel_size[1] and conv.stride[0] == conv.stride[1]
     plain = (
         conv.groups == 1
@@ -261,11 +255,7 @@ class _ActivatedConv(torch.autograd.Function):
             if shape.relu:
                 grad_x = torch.ops.aten.threshold_backward(grad_x, inner, 0)
             if gamma is not None:
-                n, c, h, w = x.shape
-                grad_x, grad_gamma, grad_beta = torch.ops.aten.native_group_norm_backward(
-                    grad_x, x, mean, rstd, _beside(gamma, x), n, c, h * w, shape.groups, [True, True, True]
-                )
-                grad_gamma, grad_beta = grad_gamma.to(gamma.dtype), grad_beta.to(gamma.dtype)
+                grad_x, grad_gamma, grad_beta = _normalise_backward(grad_x, x, mean, rstd, gamma)
         return grad_x, grad_gamma, grad_beta, grad_weight, grad_bias, None
 
 
@@ -276,10 +266,7 @@ def _activate(
     mean = rstd = None
     out = x
     if gamma is not None and beta is not None:
-        n, c, h, w = x.shape
-        out, mean, rstd = torch.native_group_norm(
-            x, _beside(gamma, x), _beside(beta, x), n, c, h * w, shape.groups, shape.eps
-        )
+        out, mean, rstd = _normalise(x, gamma, beta, shape)
     if shape.relu:
         out = out.relu_() if out is not x else out.relu()
     if shape.padding:
@@ -287,9 +274,79 @@ def _activate(
     return out.contiguous(memory_format=torch.channels_last), mean, rstd
 
 
-def _beside(parameter: Tensor, x: Tensor) -> Tensor:
-    """A normalisation's parameter in a precision that goes with ``x``: a CPU takes fp32 beside bf16, a GPU does not."""
-    return parameter if x.device.type == "cpu" else parameter.to(x.dtype)
+def _normalise(x: Tensor, gamma: Tensor, beta: Tensor, shape: _Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Group normalisation of ``x``, and each group's mean and inverse deviation (n, groups)."""
+    n, c, h, w = x.shape
+    if _is_native(x, shape.groups):
+        return torch.native_group_norm(x, gamma, beta, n, c, h * w, shape.groups, shape.eps)
+    pixels = _pixels(x)
+    middle = _sum_pixels(pixels) / (h * w)  # of each channel; squares are taken from there, or they cancel
+    centred = pixels - middle.unsqueeze(1)
+    squares = _sum_pixels(centred.square())
+    of_group = middle.unflatten(1, (shape.groups, -1))
+    mean = of_group.mean(-1)
+    spread = squares.unflatten(1, (shape.groups, -1)).mean(-1) / (h * w) + (
+        of_group - mean.unsqueeze(-1)
+    ).square().mean(-1)
+    rstd = (spread + shape.eps).rsqrt()
+    scale = (rstd.unsqueeze(-1) * gamma.view(shape.groups, -1)).flatten(1)
+    shift = beta + (middle - mean.repeat_interleave(c // shape.groups, 1)) * scale
+    out = torch.addcmul(shift.unsqueeze(1), centred, scale.unsqueeze(1))
+    return _maps(out, x), mean, rstd
+
+
+def _normalise_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a group normalisation with respect to its input and parameters."""
+    n, c, h, w = x.shape
+    groups = mean.shape[1]
+    if _is_native(x, groups):
+        found = torch.ops.aten.native_group_norm_backward(
+            grad.contiguous(memory_format=torch.channels_last), x, mean, rstd, gamma, n, c, h * w, groups, [True] * 3
+        )
+        return found[0], found[1].to(gamma.dtype), found[2].to(gamma.dtype)
+    pixels, slopes = _pixels(x), _pixels(grad)
+    each = c // groups
+    means, rstds = mean.repeat_interleave(each, 1), rstd.repeat_interleave(each, 1)
+    of_beta = _sum_pixels(slopes)
+    of_gamma = (_sum_pixels(slopes * pixels) - of_beta * means) * rstds
+    average = (of_beta * gamma).unflatten(1, (groups, -1)).mean(-1) / (h * w)
+    along = (of_gamma * gamma).unflatten(1, (groups, -1)).mean(-1) / (h * w)
+    factor = -(along * rstd.square()).repeat_interleave(each, 1)
+    offset = -(average * rstd).repeat_interleave(each, 1) - factor * means
+    found = torch.addcmul(offset.unsqueeze(1), pixels, factor.unsqueeze(1))
+    found = found.addcmul_(slopes, (rstds * gamma).unsqueeze(1))
+    return _maps(found, x), of_gamma.sum(0).to(gamma.dtype), of_beta.sum(0).to(gamma.dtype)
+
+
+NARROW_BYTES = 16
+"""Where the channels of a group take so few bytes, torch's own normalisation cannot use a CPU's vectors."""
+
+
+def _is_native(x: Tensor, groups: int) -> bool:
+    """Whether torch's own normalisation knows this layout, and is the faster one.
+
+    Called without autograd it reads memory as it lies: on a GPU it knows channels first alone, and these maps have them
+    last.
+    """
+    is_last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+    return is_last and x.shape[1] // groups * x.element_size() > NARROW_BYTES
+
+
+def _pixels(x: Tensor) -> Float[Tensor, "n hw c"]:
+    """Maps as rows of channels, in fp32 at least."""
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)
+    return rows.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _maps(pixels: Tensor, like: Tensor) -> Tensor:
+    """Rows of channels as maps of the size and precision of ``like``; channels last in memory."""
+    return pixels.to(like.dtype).unflatten(1, like.shape[-2:]).permute(0, 3, 1, 2)
+
+
+def _sum_pixels(pixels: Float[Tensor, "n hw c"]) -> Float[Tensor, "n c"]:
+    return (pixels.new_ones(1, pixels.shape[1]) @ pixels)[:, 0]
 
 
 _DOUBLING = (

@@ -236,6 +236,7 @@ class GlimpseTrunk(nn.Module):
         self.mlp = MLP(HIDDEN, HIDDEN, HIDDEN, final_activation=True)
 
     def forward(self, glimpses: Float[Tensor, "n c s s"]) -> Float[Tensor, "n d"]:
+        """One hidden vector per glimpse."""
         return self.mlp(self.project(self.cnn(glimpses).flatten(1)))
 
 
@@ -278,6 +279,7 @@ class AppearanceEncoder(nn.Module):
             self.head.bias[feature_dim:] += initial_log_var
 
     def forward(self, glimpses: Float[Tensor, "n c s s"]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
+        """Mean and log-variance of each glimpse's features."""
         mean, log_var = self.head(self.trunk(glimpses)).float().chunk(2, dim=-1)
         return mean, bound_log_var(log_var)
 
@@ -292,6 +294,7 @@ class BackgroundEncoder(nn.Module):
         self.mlp = MLP(TRUNK_CHANNELS * side * side, HIDDEN, HIDDEN, 2 * background_dim)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
+        """Mean and log-variance of each image's background vector."""
         mean, log_var = self.mlp(self.cnn(images).flatten(1)).float().chunk(2, dim=-1)
         return mean, bound_log_var(log_var)
 
@@ -314,6 +317,7 @@ class GlimpseDecoder(nn.Module):
         )
 
     def forward(self, features: Float[Tensor, "n m"]) -> Float[Tensor, "n 4 s s"]:
+        """One RGBA glimpse, alpha first, per feature vector."""
         return self.net(features).float()
 
 
@@ -344,6 +348,7 @@ class BackgroundDecoder(nn.Module):
         )
 
     def forward(self, background: Float[Tensor, "n m"]) -> Float[Tensor, "n 3 h w"]:
+        """One image per background vector."""
         return self.net(background).float()
 
 
@@ -354,7 +359,7 @@ def background_mask(
 
     The squares have a fixed size, not the learned scale. Carries no gradient.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(position.device.type, enabled=False):
         rows, columns = inside_squares(position, side, image_size, image_size)
         covered = torch.einsum("nkh,nkw->nhw", rows * transparency.unsqueeze(-1), columns.to(transparency.dtype))
         return (1 - covered.clamp(0, 1)).unsqueeze(1)

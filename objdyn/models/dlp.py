@@ -114,6 +114,11 @@ class DLPConfig:
                 f"{self.image_size}; supported are {supported_sizes()}"
             )
         halvings = len(self.prior_channels) - 1
+        if self.glimpse_size < 2**halvings:
+            raise ValueError(
+                f"prior_channels of {halvings + 1} levels need glimpses of {2**halvings} pixels or more, got "
+                f"{self.glimpse_size}; give fewer levels, or a larger glimpse_ratio"
+            )
         if self.image_size % self.patch_size != 0 or self.patch_size < 2 ** (halvings + 1):
             raise ValueError(
                 f"patch_size must divide image_size={self.image_size} and be at least {2 ** (halvings + 1)}, "

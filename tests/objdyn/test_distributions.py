@@ -62,3 +62,13 @@ def test_samples_follow_their_generator() -> None:
     assert torch.equal(beta_sample(a, a, generator(5)), beta_sample(a, a, generator(5)))
     assert not torch.equal(beta_sample(a, a, generator(5)), beta_sample(a, a, generator(6)))
     assert torch.equal(gaussian_sample(a, a, generator(5)), gaussian_sample(a, a, generator(5)))
+
+
+def test_a_beta_sample_takes_the_same_from_its_generator_whatever_the_concentrations() -> None:
+    for seed in range(30):
+        after = []
+        for a in (2.0, 2.3, 0.1):
+            generator = torch.Generator().manual_seed(seed)
+            beta_sample(torch.full((6,), a), torch.full((6,), 3.0), generator)
+            after.append(torch.rand((), generator=generator))
+        assert after[0] == after[1] == after[2]

@@ -1080,6 +1080,8 @@ def test_edits_need_a_file_a_future_and_particles(make_run: Callable[..., Extrac
         make_run(samples=1, context=None, horizon=None)
     with pytest.raises(ValueError, match="samples must be 0"):
         make_run(samples=-1)
+    with pytest.raises(ValueError, match=r"finds its particles anew in every frame \(model.tracking=false\)"):
+        extract(make_run(edits=edits, set=("model.tracking=false",)))
     checkpoint = write_checkpoint(tmp_path / "run", seed=0, family="provide")
     with pytest.raises(ValueError, match=r"a provide model has no particles to edit; give .* that has \(ddlp\)"):
         extract(make_run(edits=edits, checkpoint=checkpoint, data=PRESETS["provide"]["debug"].data))

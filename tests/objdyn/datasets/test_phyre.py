@@ -127,10 +127,30 @@ def test_damaged_archives_are_refused(tmp_path: Path) -> None:
         assert caught.value.code in ("unreadable", "truncated"), damaged[:20]
 
 
+def test_damage_in_other_compressions_is_found_too(tmp_path: Path) -> None:
+    video = write(tmp_path)
+    path = tmp_path / "a.npz"
+    with np.load(path) as whole:
+        arrays = {name: whole[name] for name in whole}
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, array)
+        data, found = path.read_bytes(), 0
+        for place in range(60, len(data) // 2, 40):
+            path.write_bytes(data[:place] + bytes(byte ^ 255 for byte in data[place : place + 9]) + data[place + 9 :])
+            try:
+                phyre.probe(video, opener(tmp_path))
+            except VideoError:
+                found += 1
+        assert found > 0
+
+
 def test_an_archive_that_claims_more_than_it_holds_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
     video = write(tmp_path)
     header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (%d, 256, 256), }\n"
-    for frames, code in [(100, "truncated"), (10**9, "too-large")]:
+    for frames, code in [(100, "truncated"), (10**9, "too-large"), (-1, "bad-layout")]:
         text = header % frames
         with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
             archive.writestr("frames.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(9))

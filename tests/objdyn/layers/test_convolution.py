@@ -108,6 +108,46 @@ def test_a_chain_runs_without_gradients_and_with_those_of_the_weights_alone() ->
     torch.testing.assert_close(gradient, torch.autograd.grad(textbook_ddlp.conv_chain(chain, x).square().sum(), [x])[0])
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_maps_with_channels_first_have_the_same_gradients(kernel: int) -> None:
+    torch.manual_seed(0)
+    convolve = nn.Conv2d(32, 4, kernel, padding=kernel // 2, padding_mode="replicate")
+    chain = ConvChain(nn.GroupNorm(4, 32), nn.ReLU(), convolve).double()
+    x = torch.randn(3, 32, 6, 6, dtype=torch.float64, requires_grad=True)
+    assert x.is_contiguous()
+    for a, b in zip(
+        outcome(chain, chain, x), outcome(lambda v: textbook_ddlp.conv_chain(chain, v), chain, x), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["trunk", "background decoder, two doublings", "five groups"])
+@pytest.mark.parametrize("native", [False, True])
+def test_both_forms_of_the_normalisation_are_exact(name: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "_is_native", lambda x, groups: native)
+    chain, x = example(name, torch.float64)
+    for a, b in zip(
+        outcome(chain, chain, x), outcome(lambda v: textbook_ddlp.conv_chain(chain, v), chain, x), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_torchs_own_normalisation_is_left_to_the_layout_that_it_knows() -> None:
+    last = torch.empty(2, 64, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert convolution._is_native(last, 4)
+    assert not convolution._is_native(last.contiguous(), 4)  # channels first
+    assert not convolution._is_native(last[:, :16], 4)
+    assert not convolution._is_native(last.to("meta"), 4)  # as on a GPU
+
+
+def test_normalisation_of_far_away_values_does_not_cancel() -> None:
+    torch.manual_seed(0)
+    chain = ConvChain(nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 4, 1))
+    x = 1000 + torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    exact = textbook_ddlp.conv_chain(chain.double(), x.double())
+    torch.testing.assert_close(chain.float()(x).double(), exact, atol=2e-3, rtol=0)
+
+
 def test_a_chain_keeps_one_tensor_for_each_convolution() -> None:
     chain, x = example("background decoder, two doublings", torch.float32)
     convolutions = sum(isinstance(layer, nn.Conv2d) for layer in chain.modules())

@@ -203,3 +203,12 @@ def test_cutting_and_pasting_equal_a_spatial_transformer_of_copies() -> None:
         paste_glimpses(glimpses, position, scale, 32, 24),
         textbook_ddlp.paste_glimpses(glimpses, position, scale, 32, 24),
     )
+
+
+def test_background_mask_stays_in_fp32_under_autocast() -> None:
+    _, position, _, _, transparency, _ = particles(2, 3)
+    arguments = (position.float(), transparency.float(), 8, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mask = background_mask(*arguments)
+    assert mask.dtype == torch.float32
+    assert torch.equal(mask, background_mask(*arguments))

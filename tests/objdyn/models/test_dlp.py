@@ -339,3 +339,8 @@ def test_without_a_filter_the_prior_gives_one_proposal_per_patch_in_their_order(
     assert ((pixels >= patches - 1e-4) & (pixels <= patches + 7 + 1e-4)).all()
     with pytest.raises(ValueError, match="without a filter all 16 proposals are kept, got num_proposals=8"):
         PatchPrior(32, 8, (8, 8), 8, "none")
+
+
+def test_encoders_deeper_than_a_glimpse_are_refused() -> None:
+    with pytest.raises(ValueError, match="prior_channels of 5 levels need glimpses of 16 pixels or more, got 8"):
+        DLPConfig(image_size=256, patch_size=32, num_proposals=16, glimpse_ratio=1 / 32, prior_channels=(8,) * 5)
