@@ -16,7 +16,7 @@ def fetch_weights(run: FetchWeightsRun) -> str:
     from pipeline import perceptual
 
     def load(file: BinaryIO) -> Any:
-        """The only torch.load there is: of an official file, whose SHA-256 was found to be the known one."""
+        """The only torch.load there is, and weights only: of bytes in memory whose SHA-256 is an official file's."""
         return torch.load(file, map_location="cpu", weights_only=True)
 
     return f"weights: {perceptual.fetch_weights(run, load)}"

@@ -10,6 +10,7 @@ metadata, with the checksums of its tensors, and files of a known name must be w
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import struct
@@ -270,13 +271,13 @@ def _take(
     path = store.resolve(given, f"--{part}") if given else _download(known.url, folder, part)
     if not store.is_file(path):
         raise ValueError(f"--{part} {path} is not a file")
-    found = store.sha256_file(path)
+    data = store.read_bytes(path)  # once: what is loaded are the very bytes whose checksum is known
+    found = hashlib.sha256(data).hexdigest()
     name = path.rsplit("/", 1)[-1]
     if path.endswith(".safetensors"):
-        tensors, _ = _tensors(store.read_bytes(path), path)
+        tensors, _ = _tensors(data, path)
     elif found == known.file_sha256:
-        with store.open_read(path) as file:
-            tensors = load(file)
+        tensors = load(io.BytesIO(data))
     else:
         raise ValueError(
             f"{given or known.url} has SHA-256 {found}, but the official {known.url.rsplit('/', 1)[-1]} has "
