@@ -127,18 +127,11 @@ def _run(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 def _fits(conv: nn.Conv2d, before: Sequence[nn.Module]) -> bool:
     """Whether ``_ActivatedConv`` can do ``conv`` with the layers before it."""
     kinds = [type(layer) for layer in before]
-    known = kinds in _BEFORE
-    square = conv.kernel_size[0] == conv.kernel_size[1] and conv.stride[0] == conv.stride[1]
-    plain = (
-        conv.groups == 1
-        and conv.dilation == (1, 1)
-        and conv.padding in ((0, 0), tuple(k // 2 for k in conv.kernel_size))
-    )
-    padded = conv.padding == (0, 0) or conv.padding_mode == "replicate"
-    doubled = nn.Upsample not in kinds or (
-        conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == (1, 1)
-    )
-    return known and square and plain and padded and doubled
+    (kernel, other), (stride, other_stride), padding = conv.kernel_size, conv.stride, conv.padding
+    square = kernel == other and stride == other_stride and conv.groups == 1 and conv.dilation == (1, 1)
+    padded = padding == (0, 0) or (padding == (kernel // 2, kernel // 2) and conv.padding_mode == "replicate")
+    doubled = nn.Upsample not in kinds or (kernel, stride, padding) == (3, 1, (1, 1))
+    return kinds in _BEFORE and square and padded and doubled
 
 
 class _Shape(NamedTuple):

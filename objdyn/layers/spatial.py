@@ -62,13 +62,7 @@ def paste_glimpses(
 
     Pixels that the glimpse does not reach are zero. Differentiable in all inputs.
     """
-    size = glimpses.shape[-1]
-    inverse = 1 / (scale + 1e-9)
-    centre, inverse = position.unsqueeze(-1), inverse.unsqueeze(-1)
-    with torch.autocast(glimpses.device.type, enabled=False):
-        rows = hat_weights((pixel_axis(height, glimpses) - centre[:, :, 0]) * inverse[:, :, 0], size)  # (n, k, h, s)
-        columns = hat_weights((pixel_axis(width, glimpses) - centre[:, :, 1]) * inverse[:, :, 1], size)  # (n, k, w, s)
-        return rows.unsqueeze(2) @ glimpses @ columns.unsqueeze(2).transpose(-1, -2)
+    return paste_rows(glimpses, position, scale, height, width).transpose(2, 3)
 
 
 def rows_reached(

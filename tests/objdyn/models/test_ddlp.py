@@ -17,6 +17,7 @@ from objdyn.models import ddlp, dlp
 from objdyn.models.ddlp import DDLP, DDLPConfig, match_template
 from objdyn.models.dlp import Particles, Stage
 from objdyn.models.pint import PINT
+from pipeline import textbook_pint
 from pipeline.presets import PRESETS
 
 
@@ -143,27 +144,13 @@ def test_score_map_equals_its_definition() -> None:
         torch.testing.assert_close(score[0, k, 0], naive_score_map(window[0, k], template[0, k]), atol=1e-4, rtol=0)
 
 
-def convolved_score_maps(window: Tensor, template: Tensor) -> Tensor:
-    """The released code's way: grouped convolutions for all (2S + 1)^2 displacements, one of them with ones."""
-    b, k, _, s, _ = window.shape
-    padded = F.pad(window.flatten(0, 1), (s, s, s, s), mode="replicate")
-    kernel = template.flatten(0, 1)
-    product = F.conv2d(padded.flatten(0, 1)[None], kernel, groups=b * k)[0]
-    energy = F.conv2d(padded.square().flatten(0, 1)[None], torch.ones_like(kernel), groups=b * k)[0]
-    energy = energy * kernel.square().sum((1, 2, 3)).view(-1, 1, 1)
-    kept = slice(s // 2 + 1, 2 * s + 1 - s // 2)
-    score = (product / ((energy + 1e-10).sqrt() + 1e-5))[:, kept, kept]
-    low, high = score.amin((1, 2), keepdim=True), score.amax((1, 2), keepdim=True)
-    return ((score - low) / (high - low + 1e-5)).view(b, k, 1, s, s)
-
-
 @pytest.mark.parametrize("pieces", [1, 1 << 30], ids=["one by one", "all at once"])
 @pytest.mark.parametrize("side", [8, 16, 32])
 def test_score_maps_equal_the_grouped_convolutions(side: int, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ddlp, "SCORED_AT_ONCE", pieces)
     generator = torch.Generator().manual_seed(0)
     window, template = torch.rand(2, 2, 3, 3, side, side, generator=generator, dtype=torch.float64)
-    expected = convolved_score_maps(window, template)
+    expected = textbook_pint.score_maps(window, template)
     torch.testing.assert_close(match_template(window, template), expected, atol=1e-9, rtol=0)
     coarse = match_template(window.float(), template.float())
     assert coarse.dtype == torch.float32
@@ -176,7 +163,7 @@ def test_a_ball_before_black_scores_nothing_where_there_is_only_black() -> None:
     template = torch.zeros(1, 1, 3, 16, 16)
     template[..., 4:12, 4:12] = 1.0
     score = match_template(window, template)
-    torch.testing.assert_close(score, convolved_score_maps(window, template), atol=1e-5, rtol=0)
+    torch.testing.assert_close(score, textbook_pint.score_maps(window, template), atol=1e-5, rtol=0)
     assert score[..., 0, 0].max() < 1e-6  # a window in which nothing is
 
 
