@@ -148,29 +148,32 @@ _SMALL = TrainRun(
 # The same on recordings, as a start for real data. Real cars are textured and grow on their way: more features and
 # particles, a wider prior of the scale. PHYRE's bars take more particles than balls do, and its layouts, which differ
 # from clip to clip, a wider background. A few hundred clips are learnt in fewer steps than an endless simulator.
-_RECORDED_SMALL = replace(_SMALL, data="", steps=2_400, optim=replace(_SMALL.optim, decay_steps=600), eval_every=400)
+_RECORDED_SMALL = replace(
+    _SMALL,
+    model=replace(_SMALL.model, scale_std=0.2, noisy_steps=540),
+    data="",
+    steps=2_400,
+    optim=replace(_SMALL.optim, decay_steps=600),
+    eval_every=400,
+)
 _ROAD_SMALL = replace(
     _RECORDED_SMALL,
     model=replace(
-        _SMALL.model,
+        _RECORDED_SMALL.model,
         num_particles=10,
         num_proposals=20,
         feature_dim=6,
         background_dim=6,
-        scale_std=0.2,
-        noisy_steps=540,
     ),
 )
 _PHYRE_SMALL = replace(
     _RECORDED_SMALL,
     model=replace(
-        _SMALL.model,
+        _RECORDED_SMALL.model,
         num_particles=12,
         num_proposals=24,
         feature_dim=4,
         background_dim=8,
-        scale_std=0.2,
-        noisy_steps=540,
     ),
 )
 _QUICKSTART = replace(
@@ -232,7 +235,8 @@ _DLP_TRAFFIC = replace(
     encoder_channels=(32, 64, 64, 128, 128),
     use_score_map=True,
 )
-_DLP_DEBUG = TrainRun(
+_DLP_DEBUG = replace(
+    _DEBUG,
     model=DLPConfig(
         image_size=32,
         num_particles=3,
@@ -243,14 +247,9 @@ _DLP_DEBUG = TrainRun(
         use_score_map=False,
     ),
     data="sim:bouncing-balls:balls=2,size=32,colors=random4,frames=12",
-    steps=20,
     clip_frames=3,
-    optim=OptimConfig(lr=5e-4, eps=1e-8, batch_size=4),
-    log_every=5,
-    eval_every=10,
-    eval_clips=2,
-    checkpoint_every=10,
 )
+# What ddlp/small found, on images.
 _DLP_SMALL = TrainRun(
     model=replace(
         _DLP_SHAPES,
