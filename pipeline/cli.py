@@ -67,6 +67,7 @@ def parse(
     import tyro
 
     description += f"\n\n{DEBUG} anywhere on the line shows the traceback when the job fails."
+    words = _joined(words, config)
     flat = (tyro.conf.AvoidSubcommands,)  # the preset has chosen the model family; it is no sub-command of its own
     if not isinstance(config, Mapping):
         chosen = (*flat, tyro.conf.PositionalRequiredArgs) if positional else flat
@@ -86,6 +87,30 @@ def parse(
     # Parsed as one flat command and not as tyro's sub-command: a typo is then explained by this preset's flags alone.
     prog = f"{sys.argv[0]} {preset}"
     return tyro.cli(type(run), args=words, default=run, prog=prog, description=f"{about}\n\n{description}", config=flat)
+
+
+def _joined(words: Sequence[str], config: Any) -> list[str]:
+    """Put the values of a repeated flag that takes several behind its first place: ``--set A --set B``."""
+    kinds = [type(run) for _, run in config.values()] if isinstance(config, Mapping) else [config]
+    several = {
+        f"--{field.name.replace('_', '-')}"
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+        if field.default == () and isinstance(field.default, tuple)
+    }
+    current: list[str] = []
+    groups, begun = [current], dict[str, list[str]]()
+    for word in words:
+        if word in begun:
+            current = begun[word]
+        elif word.startswith("--"):
+            current = [word]
+            groups.append(current)
+            if word in several:
+                begun[word] = current
+        else:
+            current.append(word)
+    return [word for group in groups for word in group]
 
 
 def command(job: str, run: Any, *, preset: str | None = None, default: Any = None) -> str:

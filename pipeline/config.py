@@ -170,7 +170,7 @@ class Stage:
                 if not own[name] > 0:
                     raise ValueError(f"{word}: it must be positive")
             else:
-                wanted = _type_of(run, name)
+                wanted = type_of(run, name)
                 if name not in STAGE_FIELDS and not name.startswith("model."):
                     raise ValueError(f"{name} cannot change within a run; a stage takes steps, patience, min_kl, and "
                                      f"of the run's settings {', '.join(STAGE_FIELDS)}")  # fmt: skip
@@ -178,7 +178,7 @@ class Stage:
         return cls(settings, **own)
 
 
-def _type_of(run: Any, name: str) -> Any:
+def type_of(run: Any, name: str) -> Any:
     """The declared type of a run's field, by its dotted name.
 
     Raises:
@@ -1053,6 +1053,85 @@ BENCHMARK_PARTS: tuple[BenchmarkPart, ...] = get_args(BenchmarkPart)
 
 
 @dataclass(frozen=True)
+class SweepRun:
+    """One sweep: a preset trained many times with settings that a search chooses, into one folder."""
+
+    preset: str
+    """FAMILY/PRESET, such as iodine/small."""
+    data: str = ""
+    """Dataset folder or s3:// URL holding train and val, or sim:NAME; empty takes the preset's."""
+    out: str = ""
+    """Folder or s3:// URL of the sweep; each trial has its run folders in it. Empty takes the next free number under
+    ~/objdyn/sweeps."""
+    trials: int = 20
+    """Trials of the whole sweep; a resumed one may ask for more."""
+    search: tuple[str, ...] = ()
+    """FIELD=DISTRIBUTION of what to vary: model.kl_weight=log:0.01:1 (or uniform:0:1), model.num_slots=int:3:8 (or
+    logint:8:512), model.entropy_weight=choice:0,0.01,0.1."""
+    ready_made: bool = False
+    """Vary what the family's papers tune by hand, in ranges around the preset; --search adds to it and replaces."""
+    set: tuple[str, ...] = ()
+    """Settings that all trials share, as steps=400 optim.batch_size=8."""
+    objective: tuple[str, ...] = ()
+    """NAME:max or NAME:min of a held-out metric at the end of training (recon_psnr, predict_psnr, fg_ari, loss) or of
+    its cost (step_seconds, train_seconds, parameters). Several are optimised together, to a Pareto front. None given is
+    the first of fg_ari, predict_psnr and recon_psnr that there is."""
+    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
+    """How settings are chosen."""
+    seed: int = 0
+    """Seed of the search. Trials train with the preset's seed, and with those after it where seeds is more than 1."""
+    seeds: int = 1
+    """Trainings of each configuration, with different seeds; their median counts."""
+    pruner: Literal["none", "asha"] = "none"
+    """asha stops trials early whose held-out objective is behind (asynchronous successive halving); one objective."""
+    min_steps: int | None = None
+    """Of asha, optimiser steps before a trial can be stopped; None takes the first evaluation."""
+    reduction: int = 3
+    """Of asha, one trial of so many goes on at each rung, and a rung has so many times the steps of the one before."""
+    max_concurrent: int = 1
+    """Trials that train side by side."""
+    retries: int = 2
+    """Times that a trial is begun again, from its checkpoint, after its process died; then it has failed."""
+    workers: int = 1
+    """Training workers of each trial. One trains in the trial's own process, several by Ray Train."""
+    gpus: float | None = None
+    """GPUs of each worker, of which 0.5 is half of one; None is one where the cluster has any, 0 trains on CPUs."""
+    threads: int | None = None
+    """Torch threads of each worker on a CPU; None shares the machine's cores among the trials."""
+    storage: str = ""
+    """Where Optuna keeps the sweep: a file that ends in .db or .journal, or the URL of a database. Empty is study.db in
+    the sweep's folder."""
+    study: str = "sweep"
+    """Name of the study, for a storage that holds several."""
+    resume: bool = False
+    """Go on with the sweep in --out until it has --trials."""
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "seeds", "max_concurrent", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "retries"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.reduction < 2:
+            raise ValueError(f"reduction must be at least 2, got {self.reduction}")
+        for name in ("min_steps", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        if self.gpus is not None and not (self.gpus >= 0 and (self.gpus <= 1 or self.gpus == int(self.gpus))):
+            raise ValueError(f"gpus must be a share of a GPU up to 1, or a whole number, got {self.gpus}")
+        if self.pruner == "none" and self.min_steps is not None:
+            raise ValueError("min_steps is of the pruner; add --pruner asha")
+        if self.pruner == "asha" and len(self.objective) > 1:
+            raise ValueError(
+                f"pruner=asha judges trials by one objective, got {', '.join(self.objective)}; leave out --pruner, or "
+                "keep one objective"
+            )
+        if not self.study:
+            raise ValueError("study needs a name")
+
+
+@dataclass(frozen=True)
 class BenchmarkRun:
     """Where the time goes, for one family and preset: the model's steps, and each stage beside the same work bare."""
 
@@ -1121,7 +1200,7 @@ def parse_settings(words: Sequence[str], run: Any) -> dict[str, Any]:
             raise ValueError(f"{word!r} is not of the form NAME=VALUE")
         if name in settings:
             raise ValueError(f"{name} is given twice")
-        settings[name] = _parse_word(word, _type_of(run, name))
+        settings[name] = _parse_word(word, type_of(run, name))
     return settings
 
 

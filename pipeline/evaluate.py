@@ -20,16 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from objdyn import figures
 from objdyn.clips import Clip, collate, stack_truth, to_frames, to_model_input
 from objdyn.families import Family, describe, family_of
 from objdyn.layers.perceptual import Network
 from objdyn.metrics import position
 from objdyn.metrics.image import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
 from objdyn.metrics.perceptual import LPIPS, SMALLEST
-from pipeline import perceptual, segments, store, trajectories
+from pipeline import loop, perceptual, segments, store, trajectories
 from pipeline.checkpoint import Loaded, code_revision, load_model, load_weights
 from pipeline.cli import command
-from pipeline.config import EvaluateRun, parse_model_settings, recorded_model_settings, torch_device
+from pipeline.config import EvaluateRun, TrainRun, parse_model_settings, recorded_model_settings, torch_device
 from pipeline.facts import ClipFacts, stored_facts
 from pipeline.reader import Source, has_split, iter_clips, open_source
 from pipeline.report import (
@@ -37,6 +38,7 @@ from pipeline.report import (
     Particles,
     Parts,
     ReportClip,
+    draw_strip,
     read_history,
     training_facts,
     versions,
@@ -758,6 +760,25 @@ def _draw(
                         "differ from what was measured."
                     )
     return [drawn[choice.clip] for choice in choices], notes
+
+
+def draw_first_clip(run: str, settings: TrainRun) -> bytes:
+    """A PNG of the first held-out clip of a run's data as the last checkpoint of the run encodes and predicts it.
+
+    Args:
+        run: run folder.
+        settings: of the run, as they were at its end.
+    """
+    loaded = load_model(run, device=torch.device("cpu"))
+    family = describe(loaded.config)
+    source = open_source(settings.data, "val", loader=settings.loader)
+    context = max(1, settings.clip_frames - 1)
+    horizon = min(loop.EVAL_HORIZON, source.num_frames - context) if "rollout" in family.verbs else 0
+    length = max(context + horizon, settings.clip_frames)
+    clip = next(iter_clips(source, 1, length=length, truth=_truth(family)))
+    masks = "position" not in family.object_columns
+    _, made = _apply(loaded.model, [clip], family, context, max(0, horizon), torch.device("cpu"), masks)
+    return figures.png(draw_strip(_drawn(loaded.model, clip, made, 0, context, family)))
 
 
 def _clips_at(source: Source, numbers: Sequence[int], truth: Sequence[str]) -> Iterator[Clip]:

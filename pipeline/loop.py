@@ -103,7 +103,7 @@ def open_run(run: TrainRun) -> TrainRun:
         run = dataclasses.replace(run, init=store.resolve(run.init, "--init"))
     if not run.out:
         run, stored = _try(run)
-        run = dataclasses.replace(run, out=_next_free_folder(families.family_of(run.model)))
+        run = dataclasses.replace(run, out=next_free_folder(families.family_of(run.model)))
         stored["run"]["out"] = run.out
         store.publish_json(store.join(run.out, "config.json"), stored)
         return run
@@ -463,6 +463,25 @@ def evaluate(
     table = _sum_over_workers(table.to(device) if device.type == "cuda" else table, world)
     found = {name: (float(total), int(count)) for name, (total, count) in zip(names, table.tolist(), strict=True)}
     return {name: total / count for name, (total, count) in found.items() if count}
+
+
+def reported_metrics(run: TrainRun) -> set[str]:
+    """Names of the held-out metrics that a training reports at its end: one clip is evaluated by an untrained model.
+
+    Raises:
+        ValueError: it reports none, having no split ``val`` or no evaluation; the message says what to do.
+    """
+    last = run.stage(len(run.parsed_stages) - 1)
+    if not run.eval_every:
+        raise ValueError("the run evaluates nothing (eval_every=0); give eval_every=N optimiser steps")
+    if not has_split(last.data, "val"):
+        raise ValueError(f"{last.data} has no split 'val', so nothing is evaluated while training; make one")
+    source = open_source(last.data, "val", loader=run.loader)
+    distance = perceptual.open_distance(run)
+    with torch.random.fork_rng(devices=[]):
+        model = families.build(last.model)
+    families.set_perceptual(model, distance and distance.distance)
+    return set(evaluate(model, source, dataclasses.replace(last, eval_clips=1), torch.device("cpu")))
 
 
 def psnr(video: Tensor, truth: Tensor) -> float:
@@ -954,9 +973,9 @@ def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in settings_difference(before, after))
 
 
-def _next_free_folder(family: str) -> str:
-    """Claim ~/objdyn/runs/FAMILY-NNN."""
-    parent = os.path.expanduser("~/objdyn/runs")
+def next_free_folder(family: str, kind: str = "runs") -> str:
+    """Claim ~/objdyn/KIND/FAMILY-NNN."""
+    parent = os.path.expanduser(f"~/objdyn/{kind}")
     os.makedirs(parent, exist_ok=True)
     for number in range(1, 100_000):
         folder = os.path.join(parent, f"{family}-{number:03d}")

@@ -655,7 +655,7 @@ def clip_figures(clip: ReportClip) -> str:
     facts = {name: _score(value) for name, value in clip.scores.items() if value is not None}
     beside = _definitions(facts) if facts else ""
     source = f'<p class="small">{escape(clip.source)}</p>' if clip.source else ""
-    strip = still(_strip(clip), f"stills of clip {clip.key}: {panels} in rows, time to the right")
+    strip = still(draw_strip(clip), f"stills of clip {clip.key}: {panels} in rows, time to the right")
     parts = [
         f"<h3>{_badge(clip)}{escape(clip.key)}</h3>{source}",
         f'<div class="clip"><div class="wide moving">{moving}</div>{beside}</div>',
@@ -897,7 +897,8 @@ def _animation(clip: ReportClip) -> bytes:
     return figures.animation(panels, fps=min(clip.fps, 10.0), captions=captions, borders=borders)
 
 
-def _strip(clip: ReportClip) -> np.ndarray:
+def draw_strip(clip: ReportClip) -> np.ndarray:
+    """Frames of a clip side by side: truth, reconstruction, prediction, and what the model sees in them, in rows."""
     total = len(clip.frames) if clip.prediction is None else clip.context + len(clip.prediction)
     if clip.prediction is None:
         columns = _spread(0, total, STRIP_CONTEXT + STRIP_PREDICTED)

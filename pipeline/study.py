@@ -1,15 +1,30 @@
-"""A sweep's trials in an Optuna storage, which is the only record of them; everything else is made from it."""
+"""A sweep's trials in an Optuna storage, which is the only record of them; everything else is made from it.
 
-from typing import Any, NamedTuple
+``SweepStudy`` begins and ends trials; ``SweepStudy.record`` is what a report needs to know. Needs no ray.
 
+A trial that was being trained when its driver died stays RUNNING in the storage. Whoever opens the study next takes it
+over under the same number, with the same settings and in the same folder, so nothing is counted twice and no list of
+trials shows what was only an interruption; ``attempts`` tells it.
+"""
 
-class Objective(NamedTuple):
-    """What a sweep optimises."""
+import math
+import os
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-    name: str
-    """Of a held-out metric of the training (``recon_psnr``), or of its cost (``step_seconds``)."""
-    direction: str
-    """``maximize`` or ``minimize``."""
+from pipeline import store
+from pipeline.space import Distribution, Objective, Space
+
+if TYPE_CHECKING:
+    import optuna
+
+SCHEMA = 1
+LEAST_FOR_IMPORTANCE = 4
+"""Complete trials below which no importance is told."""
+PLAN, WANTED = "plan", "wanted"
+"""Attributes of the study: what must not change on a resume, and how many trials are wanted."""
 
 
 class TrialRecord(NamedTuple):
@@ -75,9 +90,7 @@ class SweepRecord(NamedTuple):
         done = [trial for trial in self.trials if trial.state == "complete"]
         points = {trial.number: self._costs(trial) for trial in done}
         front = [
-            trial
-            for trial in done
-            if not any(_surpasses(points[other.number], points[trial.number]) for other in done)
+            trial for trial in done if not any(_surpasses(points[other.number], points[trial.number]) for other in done)
         ]
         return tuple(sorted(front, key=lambda trial: (points[trial.number], trial.number)))
 
@@ -95,3 +108,325 @@ class SweepRecord(NamedTuple):
 
 def _surpasses(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+
+class SweepStudy:
+    """The study of one sweep, opened by its driver; there must be one driver at a time."""
+
+    def __init__(self, study: "optuna.Study", space: Space, objectives: Sequence[Objective]) -> None:
+        self._study, self._space, self._objectives = study, space, objectives
+        self._live: dict[int, optuna.Trial] = {}
+
+    @classmethod
+    def open(
+        cls,
+        location: str,
+        name: str,
+        *,
+        plan: Mapping[str, Any],
+        space: Space,
+        objectives: Sequence[Objective],
+        wanted: int,
+        resume: bool,
+    ) -> "SweepStudy":
+        """Create the study, or open it to go on.
+
+        Args:
+            location: ``sqlite:///FILE``, any other Optuna URL, or a file that ends in ``.journal``.
+            name: of the study in its storage.
+            plan: what the sweep is; it must be the same when the sweep is resumed. JSON.
+            space: search space.
+            objectives: one or several.
+            wanted: trials of the whole sweep; it may grow.
+            resume: whether the study is there.
+
+        Raises:
+            ValueError: the storage cannot be opened; it has no such study, or one although a new one was asked for; or
+                that is of another plan (the message lists what differs).
+        """
+        optuna = _optuna()
+        storage = open_storage(location)
+        names = optuna.get_all_study_names(storage)
+        where = f"study {name!r} in {shown(location)}"
+        if resume and name not in names:
+            raise ValueError(f"there is no {where} to resume; leave out --resume")
+        if not resume and name in names:
+            raise ValueError(f"{where} holds a sweep already; add --resume to go on with it, or choose another --out, "
+                             "or another --study")  # fmt: skip
+        directions = [objective.direction for objective in objectives]
+        options = {"sampler": _sampler(plan, space, wanted), "pruner": _pruner(plan)}
+        if resume:
+            study = optuna.load_study(study_name=name, storage=storage, **options)
+            if difference := _difference(study.user_attrs.get(PLAN, {}), plan):
+                raise ValueError(f"{where} is of another sweep: {difference}; repeat its settings, or choose another "
+                                 "--out")  # fmt: skip
+        else:
+            study = optuna.create_study(study_name=name, storage=storage, directions=directions, **options)
+            study.set_user_attr(PLAN, dict(plan))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # experimental since Optuna 3.2
+                study.set_metric_names([objective.name for objective in objectives])
+        study.set_user_attr(WANTED, wanted)
+        if resume:  # else a resumed search would draw its random start again
+            options["sampler"].reseed_rng()
+        return cls(study, space, objectives)
+
+    @property
+    def missing(self) -> int:
+        """Trials that are still to be begun or to be ended."""
+        from optuna.trial import TrialState
+
+        over = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+        return max(0, self._study.user_attrs[WANTED] - len(over))
+
+    def interrupted(self) -> list[int]:
+        """Numbers of trials that an earlier driver began and did not see end."""
+        from optuna.trial import TrialState
+
+        return [trial.number for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
+
+    def take_over(self, number: int) -> dict[str, Any]:
+        """Go on with an interrupted trial; return its settings."""
+        optuna = _optuna()
+        frozen = self._study.get_trials(deepcopy=False)[number]
+        trial = self._live[number] = optuna.Trial(self._study, frozen._trial_id)
+        return self._begin(trial)
+
+    def ask(self) -> tuple[int, dict[str, Any]]:
+        """Begin a trial; return its number and settings."""
+        trial = self._study.ask({name: _distribution(d) for name, d in self._space.items()})
+        self._live[trial.number] = trial
+        return trial.number, self._begin(trial)
+
+    def _begin(self, trial: "optuna.Trial") -> dict[str, Any]:
+        trial.set_user_attr("attempts", trial.user_attrs.get("attempts", 0) + 1)
+        trial.set_user_attr("folder", folder_of(trial.number))
+        return {name: trial.params[name] for name in self._space}  # in the space's order
+
+    def report(self, number: int, step: int, value: float) -> bool:
+        """Record a held-out value of the objective after some optimiser steps; return whether to prune the trial.
+
+        What is reported a second time, by a trial that goes on from its checkpoint, replaces the first.
+        """
+        if len(self._objectives) > 1 or not math.isfinite(value):
+            return False
+        trial = self._live[number]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a step that is reported again
+            trial.report(value, step)
+        return trial.should_prune()
+
+    def complete(self, number: int, seed_values: Sequence[Mapping[str, float]], seconds: float) -> bool:
+        """End a trial with the objectives of each seed; their medians are its values.
+
+        Returns:
+            Whether it is complete: a value that is not finite makes it a failed one.
+        """
+        names = [objective.name for objective in self._objectives]
+        for seed, values in enumerate(seed_values):
+            for name in names:
+                if name not in values or not math.isfinite(values[name]):
+                    self.fail(number, f"{name} of seed {seed} is {values.get(name, 'missing')}, not a number", seconds)
+                    return False
+        trial = self._live[number]
+        trial.set_user_attr("seed_values", [dict(values) for values in seed_values])
+        trial.set_user_attr("seconds", seconds)
+        self._tell(number, [statistics.median(values[name] for values in seed_values) for name in names])
+        return True
+
+    def prune(self, number: int, seconds: float) -> None:
+        """End a trial that the pruner stopped."""
+        from optuna.trial import TrialState
+
+        self._live[number].set_user_attr("seconds", seconds)
+        self._tell(number, None, TrialState.PRUNED)
+
+    def fail(self, number: int, reason: str, seconds: float | None = None) -> None:
+        """End a trial that cannot be trained to its end."""
+        from optuna.trial import TrialState
+
+        self._live[number].set_user_attr("reason", " ".join(reason.split()))
+        self._live[number].set_user_attr("seconds", seconds)
+        self._tell(number, None, TrialState.FAIL)
+
+    def _tell(self, number: int, values: Any, state: Any = None) -> None:
+        self._study.tell(self._live.pop(number), values, state=state)
+
+    def attach_picture(self, number: int, out: str, picture: str) -> None:
+        """Show a PNG of the sweep's folder beside a live trial in optuna-dashboard (``--artifact-dir OUT/artifacts``).
+
+        On object storage the dashboard finds no artifacts of ours; the picture stays in the trial's folder.
+        """
+        trial = self._live[number]
+        trial.set_user_attr("picture", picture)
+        if store.is_url(out):
+            return
+        import optuna.artifacts
+
+        folder = store.join(out, "artifacts")
+        os.makedirs(folder, exist_ok=True)
+        optuna.artifacts.upload_artifact(
+            artifact_store=optuna.artifacts.FileSystemArtifactStore(base_path=folder),
+            file_path=store.join(out, picture),
+            study_or_trial=trial,
+        )
+
+    def record(self) -> SweepRecord:
+        """Everything that the storage knows of the sweep."""
+        plan = self._study.user_attrs[PLAN]
+        return SweepRecord(
+            preset=plan["preset"],
+            data=plan["data"],
+            dataset_id=plan["dataset_id"],
+            objectives=tuple(self._objectives),
+            space={name: distribution.text for name, distribution in self._space.items()},
+            settings=plan["settings"],
+            sampler=plan["sampler"],
+            pruner=plan["pruner"],
+            seed=plan["seed"],
+            seeds=plan["seeds"],
+            wanted=self._study.user_attrs[WANTED],
+            trials=tuple(self._trial_record(trial) for trial in self._study.get_trials(deepcopy=False)),
+            importance=self._importance(),
+        )
+
+    def _trial_record(self, trial: "optuna.trial.FrozenTrial") -> TrialRecord:
+        attrs = trial.user_attrs
+        names = [objective.name for objective in self._objectives]
+        return TrialRecord(
+            number=trial.number,
+            state={"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(trial.state.name, "running"),
+            settings={name: trial.params[name] for name in self._space if name in trial.params},
+            values=dict(zip(names, trial.values, strict=True)) if trial.values else {},
+            seed_values=tuple(attrs.get("seed_values", ())),
+            curve=tuple(sorted(trial.intermediate_values.items())),
+            seconds=attrs.get("seconds"),
+            folder=attrs.get("folder", folder_of(trial.number)),
+            picture=attrs.get("picture", ""),
+            reason=attrs.get("reason", ""),
+            attempts=attrs.get("attempts", 0),
+        )
+
+    def _importance(self) -> dict[str, dict[str, float]]:
+        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+        from optuna.trial import TrialState
+
+        done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if len(done) < LEAST_FOR_IMPORTANCE:
+            return {}
+        found: dict[str, dict[str, float]] = {}
+        for place, objective in enumerate(self._objectives):
+            values = [trial.values[place] for trial in done]
+            if len(set(values)) < 2:
+                continue
+
+            def target(trial: "optuna.trial.FrozenTrial", place: int = place) -> float:
+                return trial.values[place]
+
+            minimised = objective.direction == "minimize"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                evaluator = PedAnovaImportanceEvaluator(target_quantile=0.25)  # a sweep here has dozens of trials
+                shares = get_param_importances(
+                    self._study, evaluator=evaluator, target=target if minimised else lambda t, f=target: -f(t)
+                )
+            found[objective.name] = {name: float(share) for name, share in shares.items() if math.isfinite(share)}
+        return found
+
+
+def folder_of(number: int) -> str:
+    """Folder of a trial, relative to the sweep's."""
+    return f"trials/{number:04d}"
+
+
+def open_storage(location: str) -> "optuna.storages.BaseStorage":
+    """Open an Optuna storage.
+
+    Raises:
+        ValueError: it cannot be opened; the message hides a password.
+    """
+    optuna = _optuna()
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        if location.endswith(".journal"):
+            return JournalStorage(JournalFileBackend(location))
+        wait = {"connect_args": {"timeout": 60}} if location.startswith("sqlite:") else {}  # for the dashboard's reads
+        return RDBStorage(location, engine_kwargs=wait)
+    except (OSError, SQLAlchemyError, ImportError, optuna.exceptions.OptunaError) as error:
+        reason = " ".join(str(error).replace(location, shown(location)).split()).partition(" (Background")[0]
+        raise ValueError(
+            f"--storage {shown(location)} cannot be opened ({reason}); give a file that ends in .db or .journal in a "
+            "folder that is there, or the URL of a database that Optuna knows, such as postgresql://..."
+        ) from None
+
+
+def shown(location: str) -> str:
+    """A storage's location without its password."""
+    head, at, tail = location.rpartition("@")
+    if not at or "://" not in head:
+        return location
+    scheme, _, login = head.partition("://")
+    return f"{scheme}://{login.partition(':')[0]}:***@{tail}"
+
+
+def _optuna() -> Any:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _distribution(distribution: Distribution) -> "optuna.distributions.BaseDistribution":
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if distribution.kind == "choice":
+        return CategoricalDistribution(distribution.choices)
+    low, high = distribution.low, distribution.high
+    if distribution.kind in ("int", "logint"):
+        return IntDistribution(int(low), int(high), log=distribution.kind == "logint")
+    return FloatDistribution(low, high, log=distribution.kind == "log")
+
+
+def _sampler(plan: Mapping[str, Any], space: Space, wanted: int) -> "optuna.samplers.BaseSampler":
+    """The sampler of a plan. Small sweeps get a random start and a population of a fitting size."""
+    from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
+
+    seed = plan["seed"]
+    if plan["sampler"] == "random":
+        return RandomSampler(seed=seed)
+    if plan["sampler"] == "nsga2":
+        return NSGAIISampler(seed=seed, population_size=max(4, min(50, wanted // 4)))
+    # Trials that run side by side are taken for bad ones until they end, so that no two look in one place.
+    start = max(min(4, wanted), min(10, wanted // 3), len(space) if wanted >= 4 * len(space) else 0)
+    return TPESampler(seed=seed, n_startup_trials=start, constant_liar=True)
+
+
+def _pruner(plan: Mapping[str, Any]) -> "optuna.pruners.BasePruner":
+    from optuna.pruners import NopPruner, SuccessiveHalvingPruner
+
+    if plan["pruner"] == "none":
+        return NopPruner()
+    # Asynchronous successive halving (ASHA) whose rungs are found from the storage alone, so it survives a restart.
+    return SuccessiveHalvingPruner(
+        min_resource=plan["min_steps"], reduction_factor=plan["reduction"], min_early_stopping_rate=0
+    )
+
+
+def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What differs between two plans, as a sentence; empty if nothing does."""
+    old, new = _flat(before), _flat(after)
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return ", ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names)
+
+
+def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in plan.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name} {inner}": item for inner, item in value.items()}
+        else:
+            flat[name] = value
+    return flat

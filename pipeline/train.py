@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline import cluster, loop, perceptual, report, store
@@ -20,12 +20,18 @@ MAX_RESTARTS = 3
 """Times that the group of workers is started again after one of them died."""
 FOLLOW_SECONDS = 1.0
 """How often the driver looks for new lines of metrics in a local run folder."""
+Show = Callable[[dict[str, Any]], None]
 OWN_ERRORS = (ValueError, FloatingPointError, FileNotFoundError)
 """What a worker raises on purpose; starting it again would only raise it again."""
 
 
-def train(run: TrainRun) -> str:
+def train(run: TrainRun, *, gpus: float = 1.0, show: Show | None = None) -> str:
     """Train a run to its end and return its folder; see ``loop.open_run`` for what is refused.
+
+    Args:
+        run: what to train.
+        gpus: of each worker, if they take GPUs; 0.5 is half of one.
+        show: called with each line of metrics, beside the progress on stderr.
 
     Raises:
         ValueError: settings or data that cannot work.
@@ -39,10 +45,10 @@ def train(run: TrainRun) -> str:
     read = {run.stage(index).data for index in range(len(run.parsed_stages))} | ({run.init} if run.init else set())
     cluster.require_shared([path for path in (run.out, *sorted(read)) if not path.startswith("sim:")])
     use_gpu = _use_gpu(run)
-    with _follow(run):
+    with _follow(run, show):
         for restarts in range(MAX_RESTARTS + 1):
             try:
-                _fit(run, use_gpu)
+                _fit(run, use_gpu, gpus)
                 break
             except ChildProcessError as error:
                 if restarts == MAX_RESTARTS:
@@ -52,7 +58,7 @@ def train(run: TrainRun) -> str:
     return run.out
 
 
-def _fit(run: TrainRun, use_gpu: bool) -> None:
+def _fit(run: TrainRun, use_gpu: bool, gpus: float) -> None:
     """Run the workers once, from the last checkpoint to the end."""
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -61,11 +67,15 @@ def _fit(run: TrainRun, use_gpu: bool) -> None:
     scratch = store.join(run.out, ".ray")
     store.remove_tree(scratch)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    path, filesystem = _ray_storage(run.out)
+    path, filesystem = ray_storage(run.out)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"run": run, "use_gpu": use_gpu},
-        scaling_config=ScalingConfig(num_workers=run.workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=run.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": 1, **({"GPU": gpus} if use_gpu else {})},
+        ),
         run_config=RunConfig(
             name=".ray",
             storage_path=path,
@@ -118,7 +128,7 @@ def _work(config: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _follow(run: TrainRun) -> Iterator[None]:
+def _follow(run: TrainRun, show: Show | None = None) -> Iterator[None]:
     """Show the run's progress from its metrics while the workers, wherever they are, write them."""
     stop = threading.Event()
     pause = loop.PUBLISH_SECONDS if store.is_url(run.out) else FOLLOW_SECONDS
@@ -130,6 +140,8 @@ def _follow(run: TrainRun) -> Iterator[None]:
             with contextlib.suppress(OSError):  # the next look reads it
                 for line in lines.new():
                     progress.show(line)
+                    if show is not None:
+                        show(line)
 
     with loop.progress_of(run) as progress:
         lines = _Lines(run.out)
@@ -192,7 +204,7 @@ def _use_gpu(run: TrainRun) -> bool:
     return True
 
 
-def _ray_storage(out: str) -> tuple[str, Any]:
+def ray_storage(out: str) -> tuple[str, Any]:
     """Ray's path and file system for the run folder; on s3:// the same s3fs as everywhere else."""
     if not store.is_url(out):
         return out, None

@@ -1,0 +1,473 @@
+"""Sweeps: Ray Tune trains the trials, an Optuna study says which and remembers them.
+
+Why this shape. Ray's own ``OptunaSearch`` over a storage cannot be restored after a kill: the storage is ahead of what
+Tune last saved of itself, and Tune then replays a trial that Optuna has closed (``UpdateFinishedTrialError``; tried on
+Ray 2.60 with Optuna 5). ``Tuner.restore`` is a second truth beside the study, kept in pickles at intervals. So there is
+one truth, the study, and three things that hold no state: a searcher that asks the study for the next trial and tells
+it the end of each (``searcher.py``), a stopper that asks it whether to prune, and a new ``Tuner`` at every start for
+the trials that are missing. What each of them would have remembered follows from the storage:
+
+- which trials are missing: those asked for less those that are complete, pruned or failed;
+- what an interrupted trial was: it is RUNNING in the study, with its settings; the next driver takes it over under its
+  number. Failing it and enqueuing its settings again, as Optuna's own retry does, would list every interruption as a
+  failed trial;
+- how far it was: its run folder goes on from its own last checkpoint, as any run does (``loop.py``);
+- what ASHA has seen: Optuna's ``SuccessiveHalvingPruner`` is asynchronous successive halving over the intermediate
+  values in the storage. Tune's ``ASHAScheduler`` keeps its rungs in memory and would judge a resumed sweep by half of
+  its trials;
+- what the search has learnt: the samplers read the study. Only its random numbers are new after a restart.
+
+Tune's folder, ``OUT/.ray``, holds pickles; it is never read and removed at the end. A trial of one worker trains in its
+own process, which Tune keeps for the next one. A trial of several workers runs Ray Train inside, and its process takes
+0.01 CPU: with a whole one, two trials on two cores would wait for each other for ever.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pipeline import checkpoint, cluster, loop, space, store, sweep_report
+from pipeline.cli import command
+from pipeline.config import SweepRun, TrainRun, flatten_settings, parse_settings, torch_device, with_overrides
+from pipeline.presets import PRESETS
+from pipeline.space import COSTS, Objective
+from pipeline.study import SweepRecord, SweepStudy, TrialRecord, folder_of, shown
+from pipeline.train import OWN_ERRORS, Show, ray_storage
+
+PLAN_SCHEMA = 1
+WAIT_FOR_OWNER = 60.0
+"""Seconds that a trial waits for a process that still trains it, such as one whose driver was killed just now."""
+DRIVER_CPUS = 0.01
+"""What the process of a trial takes that waits for its Ray Train workers."""
+
+
+class Job(NamedTuple):
+    """What every trial of a sweep is given."""
+
+    run: TrainRun
+    """The preset with the settings that all trials share."""
+    out: str
+    objectives: tuple[Objective, ...]
+    seeds: int
+    gpus: float
+    """GPUs of each worker; 0 trains on CPUs."""
+
+
+def sweep(run: SweepRun) -> str:
+    """Run a sweep, or what is missing of it, and return a summary for the terminal.
+
+    Leaves ``sweep.json``, ``sweep.parquet``, ``best.json``, ``report.html`` and a run folder for each training in the
+    sweep's folder.
+
+    Raises:
+        ValueError: settings that cannot work; a storage that cannot be opened; a folder that holds a sweep already, or
+            another one than is resumed, or none.
+        OSError: a disk is full, or a folder cannot be written; ``--resume`` goes on.
+    """
+    base, job_space, objectives = _prepare(run)
+    out, location = _places(run)
+    run = dataclasses.replace(run, out=out)
+    with _only_driver(out):
+        plan = _plan(run, base, job_space, objectives)
+        study = SweepStudy.open(
+            location, run.study, plan=plan, space=job_space, objectives=objectives, wanted=run.trials, resume=run.resume
+        )
+        print(f"sweep folder: {out}\nstorage: {shown(location)}", flush=True)
+        for note in space.notes(job_space, base, objectives):
+            print(note, file=sys.stderr, flush=True)
+        if study.missing:
+            _run_trials(run, study, Job(base, out, objectives, run.seeds, 0.0))
+        record = study.record()
+        sweep_report.write_sweep(out, record, _best_run(out, record), commands=_commands(run, location))
+    return _summary(out, record)
+
+
+def _prepare(run: SweepRun) -> tuple[TrainRun, space.Space, tuple[Objective, ...]]:
+    """The run that trials vary, the search space and the objectives, all checked."""
+    family, _, name = run.preset.partition("/")
+    if name not in PRESETS.get(family, {}):
+        names = [f"{family}/{other}" for other in PRESETS.get(family, {})]
+        names = names or [f"{other}/{next(iter(PRESETS[other]))}" for other in PRESETS]
+        raise ValueError(f"there is no preset {run.preset!r}; choose FAMILY/PRESET, such as {', '.join(names)}")
+    base = PRESETS[family][name]
+    shared = parse_settings(run.set, base)
+    if taken := sorted(shared.keys() & {"data", "out", "resume", "workers", "threads", "device"}):
+        raise ValueError(f"--set {taken[0]}: give --{taken[0]} itself")
+    data = store.resolve(run.data or base.data, "--data")
+    if not data:
+        raise ValueError(f"{run.preset} has no data of its own; give --data, a dataset folder or sim:NAME")
+    base = with_overrides(base, {**shared, "data": data, "workers": run.workers})
+    words = list(run.search)
+    if run.ready_made:
+        given = {word.partition("=")[0] for word in words}
+        words += [word for word in space.ready_made(base) if word.partition("=")[0] not in given]
+    found = space.parse_space(words, base)
+    if both := sorted(found.keys() & shared.keys()):
+        raise ValueError(f"{both[0]} is in --search and in --set; leave it out of one")
+    return base, found, _objectives(run, base)
+
+
+def _objectives(run: SweepRun, base: TrainRun) -> tuple[Objective, ...]:
+    reported = loop.reported_metrics(base)
+    words = run.objective or (next(name for name in space.DEFAULT_OBJECTIVES if name in reported),)
+    objectives = tuple(Objective.parse(word) for word in words)
+    names = [objective.name for objective in objectives]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--objective names {next(n for n in names if names.count(n) > 1)} twice")
+    for name in names:
+        if name not in reported and name not in COSTS:
+            known = ", ".join(sorted(reported))
+            raise ValueError(
+                f"--objective {name}: {run.preset} on {base.data} does not report it; it reports {known} on held-out "
+                f"clips, and what it costs as {', '.join(COSTS)}"
+            )
+    if run.pruner == "asha" and names[0] in COSTS:
+        raise ValueError(f"pruner=asha compares held-out metrics, and {names[0]} is none; leave out --pruner")
+    return objectives
+
+
+def _places(run: SweepRun) -> tuple[str, str]:
+    """The sweep's folder and the location of its storage."""
+    if run.resume and not run.out:
+        raise ValueError("--resume needs --out, the folder of the sweep to go on with")
+    out = store.resolve(run.out, "--out") if run.out else loop.next_free_folder(run.preset.replace("/", "-"), "sweeps")
+    if not run.storage and store.is_url(out):
+        raise ValueError(
+            f"--out {out} is object storage, where Optuna cannot keep a file; give --storage, the URL of a database or "
+            "a file that the head node keeps"
+        )
+    location = run.storage or store.join(out, "study.db")
+    if "://" not in location:
+        location = store.resolve(location, "--storage")
+        if location.endswith(".db"):
+            location = f"sqlite:///{location}"
+        elif not location.endswith(".journal"):
+            raise ValueError(f"--storage {run.storage}: a file must end in .db (SQLite) or .journal, or be a URL")
+    if not store.is_url(out):
+        os.makedirs(out, exist_ok=True)
+        others = [name for name in store.list_names(out) if not store.is_temporary(name)]
+        if others and not run.resume and "study.db" not in others and ".lock" not in others:
+            raise ValueError(f"{out} is not empty (it holds {others[0]}) and holds no sweep; choose another --out")
+    return out, location
+
+
+def _plan(run: SweepRun, base: TrainRun, found: space.Space, objectives: Sequence[Objective]) -> dict[str, Any]:
+    """What a sweep is: all that must not change while it is under way."""
+    from pipeline.reader import open_source
+
+    shared = parse_settings(run.set, base)
+    first = base.eval_every if run.min_steps is None else run.min_steps
+    pruned = {"min_steps": first, "reduction": run.reduction} if run.pruner == "asha" else {}
+    plan = {
+        "schema": PLAN_SCHEMA,
+        "preset": run.preset,
+        "data": base.data,
+        "dataset_id": open_source(base.data, "train", loader=base.loader).id,
+        "space": {name: distribution.text for name, distribution in found.items()},
+        "objectives": {objective.name: objective.direction for objective in objectives},
+        "settings": shared,
+        "run": flatten_settings(checkpoint.config_to_json(dataclasses.replace(base, out="", workers=1))),
+        "sampler": run.sampler,
+        "pruner": run.pruner,
+        **pruned,
+        "seed": run.seed,
+        "seeds": run.seeds,
+    }
+    return json.loads(store.json_bytes(plan))
+
+
+def _run_trials(run: SweepRun, study: SweepStudy, job: Job) -> None:
+    """Let Ray Tune train the trials that are missing."""
+    slots = run.max_concurrent * run.workers
+    cluster.connect(num_cpus=slots + 1)
+    cluster.require_shared([job.out, *([] if job.run.data.startswith("sim:") else [job.run.data])])
+    gpus = _gpus(run)
+    threads = run.threads or job.run.threads or max(1, (os.cpu_count() or 1) // slots)
+    job = job._replace(gpus=gpus, run=dataclasses.replace(job.run, threads=threads, device="cuda" if gpus else "cpu"))
+    for name, value in {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_RESULT_BUFFER_LENGTH": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_AIR_NEW_OUTPUT": "0", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    }.items():  # fmt: skip
+        os.environ.setdefault(name, value)
+    from ray import tune
+
+    from pipeline.searcher import StudyCallback, StudySearcher, StudyStopper
+
+    searcher = StudySearcher(study, job.out, _Teller(study))
+    scratch = store.join(job.out, ".ray")
+    store.remove_tree(scratch)
+    resources = {"cpu": DRIVER_CPUS} if _nested(run.workers) else {"cpu": 1, **({"gpu": gpus} if gpus else {})}
+    trainable = tune.with_resources(tune.with_parameters(train_trial, job=job), resources)
+    path, filesystem = ray_storage(job.out)
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=study.missing,
+            max_concurrent_trials=run.max_concurrent,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=".ray",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            stop=StudyStopper(searcher),
+            callbacks=[StudyCallback(searcher, run.retries)],
+            failure_config=tune.FailureConfig(max_failures=run.retries),
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        with contextlib.suppress(OSError):
+            store.remove_tree(scratch)
+    if searcher.halted is not None:
+        raise _plain(searcher.halted) from searcher.halted
+    if study.missing:
+        raise ChildProcessError(
+            f"Ray ended with {study.missing} trials missing; what is there is kept: repeat the command with --resume"
+        )
+
+
+def train_trial(config: Mapping[str, Any], job: Job) -> None:
+    """Train one configuration with each seed and report to Tune; see ``StudySearcher`` for what."""
+    from ray import tune
+
+    number, settings = config["number"], json.loads(config["settings"])
+    folder = store.join(job.out, folder_of(number))
+    seed_values: list[dict[str, float]] = []
+    answer: dict[str, Any] = {"over": True, "step": 0, "value": math.nan, "seconds": 0.0}
+    with _only_trainer(folder):
+        try:
+            run = space.apply(job.run, settings)
+            for index in range(job.seeds):
+                path = store.join(folder, f"seed-{index}")
+                resume = store.exists(store.join(path, "config.json"))
+                one = dataclasses.replace(run, out=path, seed=run.seed + index, resume=resume)
+
+                _train(one, job, _reporter(path, job.objectives[0].name) if index == 0 else _silent)
+                seed_values.append(_values(path, job.objectives))
+                answer["seconds"] += _cost(path, "train_seconds")
+                if index == 0:
+                    answer["picture"] = _picture(one, folder, folder_of(number))
+        except OWN_ERRORS as error:
+            answer["failed"] = " ".join(str(error).split())
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            answer["halt"] = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    tune.report({**answer, "seed_values": json.dumps(seed_values)})
+
+
+def _reporter(path: str, name: str) -> Show:
+    """Tells Tune the objective of each held-out evaluation."""
+    from ray import tune
+
+    def show(line: Mapping[str, Any]) -> None:
+        if line["kind"] == "eval" and name in line:
+            seconds = _cost(path, "train_seconds")
+            tune.report({"step": line["step"], "value": line[name], "seconds": seconds})
+
+    return show
+
+
+def _silent(line: Mapping[str, Any]) -> None:
+    """Later seeds of a configuration are not judged before they are done."""
+
+
+def _train(run: TrainRun, job: Job, show: Show) -> None:
+    if _nested(run.workers):
+        from pipeline.train import train
+
+        train(run, gpus=job.gpus, show=show)
+        return
+    from pipeline import report
+
+    run = loop.open_run(run)
+    loop.train(run, loop.Worker(device=torch_device(run.device), show=show))
+    report.write_run_report(run.out)
+
+
+def _nested(workers: int) -> bool:
+    """Whether a trial is a run of Ray Train of its own."""
+    return workers > 1
+
+
+def _values(path: str, objectives: Sequence[Objective]) -> dict[str, float]:
+    """A finished run's objectives. What it did not report is missing."""
+    last = next((line for line in reversed(loop.read_metrics(path)) if line["kind"] == "eval"), {})
+    found = {}
+    for name in [objective.name for objective in objectives]:
+        value = _cost(path, name) if name in COSTS else last.get(name)
+        found[name] = math.nan if value is None else float(value)
+    return found
+
+
+def _cost(path: str, name: str) -> float:
+    """One of ``COSTS`` of a run, from its lines of metrics."""
+    if name == "parameters":
+        import torch
+
+        from objdyn import families
+
+        run = checkpoint.config_from_json(TrainRun, store.read_json(store.join(path, "config.json"))["run"])
+        with torch.device("meta"):
+            return float(sum(p.numel() for p in families.build(run.model).parameters()))
+    lines = [line for line in loop.read_metrics(path) if line["kind"] == "train"]
+    rates = [line["steps_per_second"] for line in lines]
+    if name == "step_seconds":
+        return statistics.median(1 / rate for rate in rates) if rates else math.nan
+    steps = [line["step"] for line in lines]
+    return sum((after - before) / rate for before, after, rate in zip([0, *steps], steps, rates, strict=False))
+
+
+def _picture(run: TrainRun, folder: str, name: str) -> str:
+    """Draw what the model of a run makes of its first held-out clip; return the PNG's name in the sweep's folder."""
+    from pipeline.evaluate import draw_first_clip
+
+    store.publish(store.join(folder, "clip.png"), draw_first_clip(run.out, run.stage(len(run.parsed_stages) - 1)))
+    return f"{name}/clip.png"
+
+
+def _gpus(run: SweepRun) -> float:
+    """GPUs of each worker."""
+    import ray
+
+    if run.gpus is not None:
+        found = ray.cluster_resources().get("GPU", 0)
+        if run.gpus > 0 and found < run.gpus * run.workers and not cluster.is_joined():
+            raise ValueError(f"--gpus {run.gpus:g} with --workers {run.workers}, but this machine has {found:g} GPUs")
+        return run.gpus
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= run.workers else 0.0
+
+
+class _Teller:
+    """Prints a line for each trial that is over."""
+
+    def __init__(self, study: SweepStudy) -> None:
+        self._study, self._begun = study, time.monotonic()
+        self._over = 0
+
+    def __call__(self, number: int, what: str) -> None:
+        self._over += 1
+        record = self._study.record()
+        trial, best = record.trials[number], record.best
+        over = sum(other.state != "running" for other in record.trials)
+        left = (time.monotonic() - self._begun) / self._over * (record.wanted - over)
+        parts = [f"trial {number} {what}", *(f"{name} {value:.4g}" for name, value in trial.values.items())]
+        if best is not None and len(record.objectives) == 1:
+            parts.append(f"(best {best.values[record.objectives[0].name]:.4g}, trial {best.number})")
+        parts += [_settings(trial), f"[{over}/{record.wanted}, {loop.duration(left)} left]"]
+        print("  ".join(parts), file=sys.stderr, flush=True)
+
+
+def _settings(trial: TrialRecord) -> str:
+    return " ".join(f"{name}={_short(value)}" for name, value in trial.settings.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _best_run(out: str, record: SweepRecord) -> dict[str, Any] | None:
+    """The best trial's run as its folder has it; its first seed's."""
+    if record.best is None:
+        return None
+    stored = store.read_json(store.join(out, record.best.folder, "seed-0", "config.json"))
+    return {"family": stored["family"], "run": stored["run"]}
+
+
+def _commands(run: SweepRun, location: str) -> list[str]:
+    family = run.preset.partition("/")[0]
+    lines = [
+        command("jobs/sweep.py", dataclasses.replace(run, resume=False, storage=shown(run.storage))),
+        f"python jobs/train_{family}.py --config {store.join(run.out, 'best.json')} --out RUN",
+    ]
+    if location.startswith("sqlite:") or location.endswith(".journal"):
+        lines.append(f"optuna-dashboard {location} --artifact-dir {store.join(run.out, 'artifacts')}")
+    return lines
+
+
+def _summary(out: str, record: SweepRecord) -> str:
+    counts = {state: sum(t.state == state for t in record.trials) for state in ("complete", "pruned", "failed")}
+    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    lines = [f"{told} of {record.wanted} trials"]
+    several = len(record.objectives) > 1
+    for trial in record.front if several else record.front[:1]:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in trial.values.items())
+        lines.append(f"{'Pareto front' if several else 'best'}: trial {trial.number}, {values}, {_settings(trial)}")
+    lines.append(f"report: {store.join(out, 'report.html')}")
+    return "\n".join(lines)
+
+
+def _plain(error: Exception) -> Exception:
+    """A reason to stop as one that the command line tells in a line."""
+    text = " ".join(str(error).split()).partition(" (Background")[0]
+    after = "what is complete is kept; repeat the command with --resume"
+    if "disk is full" in text or getattr(error, "errno", None) == errno.ENOSPC:
+        return OSError(f"the disk is full ({text}); free some of it: {after}")
+    return ValueError(f"the sweep stopped ({type(error).__name__}: {text}): {after}")
+
+
+@contextlib.contextmanager
+def _only_driver(out: str) -> Iterator[None]:
+    """Hold a sweep's folder against a second driver on the same file system.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    if store.is_url(out):
+        yield
+        return
+    with open(os.path.join(out, ".lock"), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read() or "another process"
+            raise ValueError(f"{out} is being swept by {owner}; wait for it, or stop it") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _only_trainer(folder: str) -> Iterator[None]:
+    """Hold a trial's folder, once a process that may still train it is gone.
+
+    Raises:
+        ChildProcessError: it is not gone in time.
+    """
+    if store.is_url(folder):
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "a") as file:
+        deadline = time.monotonic() + WAIT_FOR_OWNER
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ChildProcessError(f"another process still trains {folder}") from None
+                time.sleep(0.2)
+        yield
+
+
+def _trial_name(trial: Any) -> str:
+    return f"trial-{trial.config['number']}-{trial.trial_id}"
