@@ -385,13 +385,16 @@ def _typed(hint: Any, value: Any) -> Any:
 
 
 def _member(hints: tuple[Any, ...], value: Any) -> Any:
-    """Build a value of a union: a stored object becomes the one dataclass that has exactly its fields."""
+    """Build a value of a union: a stored object becomes the one dataclass that knows its fields and has fewest others,
+    which an older version did not store."""
     if isinstance(value, Mapping):
-        fitting = [
-            hint
-            for hint in hints
-            if dataclasses.is_dataclass(hint) and {field.name for field in dataclasses.fields(hint)} == set(value)
-        ]
+        others: dict[int, list[Any]] = {}
+        for hint in hints:
+            if dataclasses.is_dataclass(hint):
+                known = {field.name for field in dataclasses.fields(hint)}
+                if known >= set(value):
+                    others.setdefault(len(known) - len(value), []).append(hint)
+        fitting = others[min(others)] if others else []
         if len(fitting) != 1:
             raise ValueError(f"fields {', '.join(value)} fit {len(fitting)} of the known configs")
         return _typed(fitting[0], value)

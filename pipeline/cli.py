@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 DEBUG = "--debug"
+CONFIG = "--config"
 
 
 def main(
@@ -28,7 +29,8 @@ def main(
     Args:
         function: does the work; a string that it returns is printed as the last line of stdout.
         config: the run's dataclass, whose fields become flags (a field without a default is a required flag), or
-            presets ``{name: (description, run)}``, which become sub-commands: ``PRESET --flag VALUE ...``.
+            presets ``{name: (description, run)}`` of training runs of one family, which become sub-commands:
+            ``PRESET --flag VALUE ...``, or ``--config FILE --flag VALUE ...`` with the settings of a stored run.
         description: first paragraph of ``--help``.
         default_preset: the preset taken when the command line does not begin with one.
         positional: fields without a default are given by position instead of by a flag: ``verify.py PATH``.
@@ -37,8 +39,8 @@ def main(
     words = list(sys.argv[1:] if args is None else args)
     debug = DEBUG in words
     words = [word for word in words if word != DEBUG]
-    run = parse(config, words, description=description, default_preset=default_preset, positional=positional)
     try:
+        run = parse(config, words, description=description, default_preset=default_preset, positional=positional)
         result = function(run)
         if result is not None:
             print(result, flush=True)
@@ -63,6 +65,8 @@ def parse(
     Raises:
         SystemExit: with 2 for a usage error or a value that the run's dataclass refuses (the message is on stderr),
             with 0 after ``--help``.
+        OSError: the file of ``--config`` cannot be read.
+        ValueError: it holds no run that these presets could be.
     """
     import tyro
 
@@ -74,11 +78,21 @@ def parse(
         return tyro.cli(config, args=words, description=description, config=chosen)
     if default_preset is not None:
         description += f" A preset comes before all flags; without one the job runs '{default_preset}'."
+    description += (
+        f"\n\n{CONFIG} FILE in the place of a preset takes every setting of a stored run but --out and --resume, of a "
+        "run folder's config.json for example (a path or s3:// URL)."
+    )
+    words, path = _without_config(words)
+    if path is not None:
+        if words and not words[0].startswith("-"):
+            _refuse(f"{CONFIG} stands in the place of a preset, and {words[0]!r} is given, too; choose one")
+        run = _stored_run(path, config)
+        prog, description = f"{sys.argv[0]} {CONFIG} {path}", f"The settings of {path}.\n\n{description}"
+        return tyro.cli(type(run), args=words, default=run, prog=prog, description=description, config=flat)
     if words and words[0] in config:
         preset, words = words[0], words[1:]
     elif words and not words[0].startswith("-"):
-        print(f"error: unknown preset {words[0]!r}; choose from {', '.join(config)}", file=sys.stderr)
-        raise SystemExit(2)
+        _refuse(f"unknown preset {words[0]!r}; choose from {', '.join(config)}")
     elif default_preset is None or words[:1] in (["-h"], ["--help"]):
         return tyro.extras.overridable_config_cli(config, args=words, description=description)
     else:
@@ -113,6 +127,54 @@ def _joined(words: Sequence[str], config: Any) -> list[str]:
     return [word for group in groups for word in group]
 
 
+def _without_config(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """The words without ``--config FILE``, and FILE."""
+    rest, found, remaining = list[str](), list[str](), iter(words)
+    for word in remaining:
+        name, equals, path = word.partition("=")
+        if name != CONFIG:
+            rest.append(word)
+            continue
+        path = path if equals else next(remaining, "")
+        if not path or path.startswith("-"):
+            _refuse(f"{CONFIG} wants a FILE that holds a stored run, such as the config.json of a run folder")
+        found.append(path)
+    if len(found) > 1:
+        _refuse(f"{CONFIG} is given {len(found)} times; choose one")
+    return rest, found[0] if found else None
+
+
+def _stored_run(path: str, presets: Mapping[str, tuple[str, Any]]) -> Any:
+    """The settings of a stored training run, to begin another in a folder of its own.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, holds no run, or one of another family than the presets or of another version.
+    """
+    from objdyn.families import FAMILIES, family_of
+    from pipeline import store
+    from pipeline.checkpoint import config_from_json
+
+    path = store.resolve(path, CONFIG)
+    stored = store.read_json(path)
+    family, fields = stored.get("family"), stored.get("run")
+    if not isinstance(family, str) or not isinstance(fields, dict):
+        missing = "run" if isinstance(family, str) else "family"
+        raise ValueError(f"{path} holds no training run (no field {missing!r}); give the config.json of a run folder")
+    _, preset = next(iter(presets.values()))
+    wanted = family_of(preset.model)
+    if family != wanted:
+        remedy = f"give it to jobs/train_{family}.py" if family in FAMILIES else f"this job trains {wanted}"
+        raise ValueError(f"{path} is a run of {family}; {remedy}")
+    try:
+        # The model by itself: among all families' it is known by having exactly their fields, which an older one lacks.
+        model = config_from_json(type(preset.model), fields.get("model", {}))
+        run = config_from_json(type(preset), {**fields, "model": model})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return dataclasses.replace(run, out="", resume=False)
+
+
 def command(job: str, run: Any, *, preset: str | None = None, default: Any = None) -> str:
     """Write the command line that ``parse`` turns into this run: the flags that differ from the preset or the defaults.
 
@@ -141,6 +203,12 @@ def _flags(run: Any, default: Any, prefix: str) -> Iterator[str]:
             yield flag if value else f"{prefix}no-{field.name.replace('_', '-')}"
         else:
             yield from (flag, *map(str, value if isinstance(value, tuple) else (value,)))
+
+
+def _refuse(message: str) -> NoReturn:
+    """End with a usage error."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _fail(error: BaseException, status: int, debug: bool, message: str) -> NoReturn:

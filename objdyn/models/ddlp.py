@@ -87,6 +87,16 @@ class DDLPConfig(DLPConfig):
     """Added at initialisation to a token's bias towards its own particle in all frames; 0 as released."""
     ramp_steps: int = 10_000
     """Optimiser steps over which the frames after the burn-in gain weight, one after the other."""
+    frozen_inference: bool = False
+    """Not in the paper: training infers the particles without gradients and teaches PINT alone, by the dynamic KL of
+    all frames after the burn-in with weight 1; nothing is decoded, and ``warmup_steps`` and ``noisy_steps`` are passed
+    over. Beside latents that still move, PINT did not learn to predict in short runs; on frozen ones, which allow
+    larger batches, it does. The loss on held-out clips keeps all terms.
+
+    All other gradients are zero. A run that starts from another (``--init``) has a fresh Adam, and leaves the other
+    weights exactly as they are. In a stage that follows others Adam would move them on by its averages: with
+    ``optim.slow="pint."`` give that stage ``optim.lr=1e-9 optim.slow_factor=1e6``, at which they as good as stand still
+    while PINT learns at 1e-3."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +109,8 @@ class DDLPConfig(DLPConfig):
         for name in ("pint_bias_init_std", "ramp_steps", "pint_layers"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.frozen_inference and not self.kl_weight:
+            raise ValueError("frozen_inference trains with the dynamic KL alone, and kl_weight is 0; give it a weight")
 
 
 class DDLP(DLP):
@@ -130,7 +142,7 @@ class DDLP(DLP):
 
         with the constant prior and :math:`\gamma_t = 1` in the burn-in frames, PINT's prior and the ramp's weight
         afterwards; all of it times ``loss_scale``. In evaluation mode the posterior's means are decoded and every
-        weight is 1.
+        weight is 1. With ``frozen_inference`` training has the KL to PINT's prior alone.
 
         Raises:
             ValueError: the clip has another size than the model, or no frame after the burn-in, or more than T + 1; or
@@ -142,6 +154,8 @@ class DDLP(DLP):
                 f"a training clip must have {self.config.burn_in_frames + 1} to {self.config.max_frames + 1} frames "
                 f"(burn_in_frames + 1 to max_frames + 1), got {frames}; change clip_frames or model.max_frames"
             )
+        if self.training and self.config.frozen_inference:
+            return self._frozen_loss(video)
         stage = self._stage()
         posterior = self._track(video, sample=self.training, stage=stage)
         prior = self.pint(posterior.latents.frames(None, -1))  # of frames 1 .. t-1
@@ -250,6 +264,18 @@ class DDLP(DLP):
         )
 
     # ---- loss terms ----------------------------------------------------------------------------------------------
+
+    def _frozen_loss(self, video: Float[Tensor, "b t c h w"]) -> Loss:
+        """The dynamic KL with a gradient to PINT alone, and a zero gradient to all other parameters."""
+        with torch.no_grad():
+            posterior = self._track(video, sample=True, stage=Stage(warmup=False, noisy=False))
+        prior = self.pint(posterior.latents.frames(None, -1))
+        kl_dynamic = self._dynamic_kl(posterior, prior).sum(1).mean() / video.shape[1]
+        total = self.config.loss_scale * self.config.kl_weight * kl_dynamic
+        for part in self.children():
+            if part is not self.pint:
+                total = total + zero_gradient(part).to(total.device)
+        return Loss(total, {"kl_dynamic": kl_dynamic.detach()} | describe_particles(posterior.latents))
 
     def _dynamic_kl(self, posterior: Posterior, prior: Distribution) -> Float[Tensor, "b t1"]:
         """KL of the later frames to PINT's prediction, all with weight 1 and gradients to both sides (section 4.4)."""

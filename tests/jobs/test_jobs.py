@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import store
+from pipeline.checkpoint import config_to_json
+from pipeline.presets import PRESETS
+
 JOBS = sorted((Path(__file__).resolve().parents[2] / "jobs").glob("*.py"))
 POSITIONAL = {"benchmark.py": ["ddlp"], "verify.py": ["DIR"]}
 """What a job wants before its flags; while that is missing, it speaks of nothing else."""
@@ -38,6 +42,19 @@ def test_flag_typo_is_a_usage_error(job, monkeypatch, capsys):
 def test_unknown_preset_lists_the_presets(job, monkeypatch, capsys):
     assert start(monkeypatch, job, "smal") == 2
     assert "small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.name.startswith("train_")], ids=lambda job: job.name)
+def test_training_takes_stored_runs_of_its_family_alone(job, monkeypatch, capsys, tmp_path):
+    family = job.stem.removeprefix("train_")
+    other = "dlp" if family != "dlp" else "ddlp"
+    for name in (family, other):
+        fields = config_to_json(PRESETS[name]["debug"])
+        store.publish_json(str(tmp_path / f"{name}.json"), {"family": name, "run": fields})
+    assert start(monkeypatch, job, "--config", str(tmp_path / f"{family}.json"), "--help") == 0
+    assert "--config FILE" in capsys.readouterr().out
+    assert start(monkeypatch, job, "--config", str(tmp_path / f"{other}.json")) == 1
+    assert f"is a run of {other}; give it to jobs/train_{other}.py" in capsys.readouterr().err
 
 
 def test_job_runs_as_a_program_from_another_folder(tmp_path):

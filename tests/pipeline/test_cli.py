@@ -1,14 +1,19 @@
 """The command line: what is parsed, what is printed, and with which status it ends."""
 
+import dataclasses
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline import presets, store
+from pipeline.checkpoint import config_to_json
 from pipeline.cli import command, main, parse
+from pipeline.config import TrainRun
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,138 @@ def test_command_of_a_preset_parses_back_to_it(run):
 
 def test_command_leaves_defaults_out():
     assert command("jobs/x.py", Run(data="d", optim=Optim(lr=0.5))) == "python jobs/x.py --data d --optim.lr 0.5"
+
+
+# ---- settings of a stored run ------------------------------------------------------------------------------------
+
+IODINE = {name: ("A preset.", run) for name, run in presets.PRESETS["iodine"].items()}
+STORED = dataclasses.replace(
+    presets.PRESETS["iodine"]["small"],
+    model=dataclasses.replace(presets.PRESETS["iodine"]["small"].model, num_slots=3),
+    data="/data/balls",
+    out="/runs/1",
+    steps=70_000,
+    init="/runs/0",
+)
+
+
+def store_run(folder: Path | str, run: TrainRun = STORED, family: str = "iodine", **more: Any) -> str:
+    """A file as a run folder's config.json."""
+    path = store.join(str(folder), "best.json")
+    store.publish_json(path, {"family": family, "run": config_to_json(run), **more})
+    return path
+
+
+def test_a_stored_run_gives_every_setting_but_its_folder(tmp_path):
+    path = store_run(tmp_path, dataclasses.replace(STORED, resume=True), value=0.5)
+    wanted = dataclasses.replace(STORED, out="", resume=False)
+    assert parse(IODINE, ["--config", path], description="", default_preset="small") == wanted
+    assert parse(IODINE, [f"--config={path}"], description="") == wanted
+
+
+def test_flags_before_and_behind_override_a_stored_run(tmp_path):
+    path = store_run(tmp_path)
+    words = ["--out", "/runs/2", "--config", path, "--model.num-slots", "5", "--optim.lr", "1e-3", "--resume"]
+    assert parse(IODINE, words, description="", default_preset="small") == dataclasses.replace(
+        STORED,
+        out="/runs/2",
+        resume=True,
+        model=dataclasses.replace(STORED.model, num_slots=5),
+        optim=dataclasses.replace(STORED.optim, lr=1e-3),
+    )
+
+
+def test_a_stored_run_may_be_a_relative_path_or_on_s3(tmp_path, monkeypatch, s3_folder):
+    wanted = dataclasses.replace(STORED, out="")
+    store_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert parse(IODINE, ["--config", "best.json"], description="") == wanted
+    assert parse(IODINE, ["--config", store_run(s3_folder)], description="") == wanted
+
+
+def test_a_setting_that_an_older_version_did_not_store_has_its_default(tmp_path):
+    fields = config_to_json(STORED)
+    for owner, name in ((fields, "keep_last"), (fields["model"], "recompute"), (fields["optim"], "anneal_to")):
+        del owner[name]
+    path = str(tmp_path / "best.json")
+    store.publish_json(path, {"family": "iodine", "run": fields})
+    assert parse(IODINE, ["--config", path], description="") == dataclasses.replace(STORED, out="")
+
+
+def test_help_tells_of_stored_runs_and_shows_their_settings(tmp_path, capsys):
+    assert call("--help", config=IODINE, default_preset="small") == 0
+    assert "--config FILE" in capsys.readouterr().out
+    assert call(f"--config {store_run(tmp_path)} --help", config=IODINE, default_preset="small") == 0
+    out = capsys.readouterr().out
+    assert "/data/balls" in out
+    assert "--model.num-slots" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("small --config {path}", "--config stands in the place of a preset, and 'small' is given, too; choose one"),
+        ("--config {path} --config {path}", "--config is given 2 times; choose one"),
+        ("--config", "--config wants a FILE"),
+        ("--config --out x", "--config wants a FILE"),
+        ("--config= --out x", "--config wants a FILE"),
+    ],
+)
+def test_a_stored_run_given_wrongly_is_a_usage_error(tmp_path, capsys, words, message):
+    assert call(words.format(path=store_run(tmp_path)), config=IODINE, default_preset="small") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_a_flag_typo_behind_a_stored_run_suggests_the_flag_meant(tmp_path, capsys):
+    assert call(f"--config {store_run(tmp_path)} --model.num-slot 3", config=IODINE) == 2
+    assert "--model.num-slots" in capsys.readouterr().err
+
+
+def refusal(path: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a job of iodine ends with, given this stored run."""
+    assert call(f"--config {path} --out x", config=IODINE, default_preset="small") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("error: ").strip()
+
+
+def test_a_stored_run_that_is_missing_or_damaged_is_refused(tmp_path, capsys):
+    missing = tmp_path / "missing.json"
+    assert refusal(str(missing), capsys) == f"No such file or directory: {missing}"
+    path = Path(store_run(tmp_path))
+    path.write_text(path.read_text().replace("70000", "70001"))
+    assert "is damaged or was edited: its 'checksum' does not fit" in refusal(str(path), capsys)
+    path.write_text('{"family": "iodine"}')
+    assert "has no field 'checksum'" in refusal(str(path), capsys)
+
+
+def test_sealed_json_that_is_no_run_is_refused(tmp_path, capsys):
+    path = str(tmp_path / "best.json")
+    for fields, name in (({"family": "iodine"}, "run"), ({"run": config_to_json(STORED)}, "family")):
+        store.publish_json(path, fields)
+        line = f"{path} holds no training run (no field '{name}'); give the config.json of a run folder"
+        assert refusal(path, capsys) == line
+
+
+def test_a_run_of_another_family_names_the_job_that_takes_it(tmp_path, capsys):
+    path = store_run(tmp_path, presets.PRESETS["ddlp"]["small"], family="ddlp")
+    assert refusal(path, capsys) == f"{path} is a run of ddlp; give it to jobs/train_ddlp.py"
+    path = store_run(tmp_path, family="slots")
+    assert refusal(path, capsys) == f"{path} is a run of slots; this job trains iodine"
+
+
+@pytest.mark.parametrize("group", ["run", "model"])
+def test_settings_of_another_version_are_refused(tmp_path, capsys, group):
+    fields = config_to_json(STORED)
+    (fields if group == "run" else fields["model"])["colour"] = 1
+    path = str(tmp_path / "best.json")
+    store.publish_json(path, {"family": "iodine", "run": fields})
+    name = "TrainRun" if group == "run" else "IODINEConfig"
+    line = f"{path}: {name} has no field colour; it was written by another version or was edited"
+    assert refusal(path, capsys) == line
 
 
 def test_importing_the_command_line_is_cheap():

@@ -100,6 +100,7 @@ def test_the_paper_and_the_released_balls_differ_where_stated() -> None:
         ({"pint_heads": 3}, "divisible"),
         ({"kl_weight": -0.1}, "kl_weight must not be negative"),
         ({"transparency_prior": (0.1, 0.0)}, "transparency_prior"),
+        ({"frozen_inference": True, "kl_weight": 0.0}, "frozen_inference trains with the dynamic KL alone"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -381,12 +382,78 @@ def test_stages_follow_the_step(step: int, stage: tuple[bool, bool]) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 3, 5])
-@pytest.mark.parametrize("changes", [{}, {"tracking": False}, {"pint_position": "learned"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tracking": False}, {"pint_position": "learned"}, {"frozen_inference": True}], ids=str
+)
 def test_every_parameter_gets_a_gradient_in_every_stage(step: int, changes: dict[str, Any]) -> None:
     model = build(warmup_steps=3, noisy_steps=2, **changes).train()
     model.step.fill_(step)
     model(clip()).total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+FROZEN = [{}, {"tracking": False}, {"proposal_filter": "none", "num_proposals": 64}]
+
+
+def dynamic_kl(model: DDLP, video: Tensor) -> Tensor:
+    """Of all frames after the burn-in, per frame, with gradients to everything; seeded as the loss it is held to."""
+    torch.manual_seed(1)
+    posterior = model._track(video, sample=True, stage=Stage(False, False))
+    prior = model.pint(posterior.latents.frames(None, -1))
+    return model._dynamic_kl(posterior, prior).sum(1).mean() / video.shape[1]
+
+
+@pytest.mark.parametrize("changes", FROZEN, ids=str)
+def test_frozen_inference_trains_pint_alone_by_the_whole_dynamic_kl(changes: dict[str, Any]) -> None:
+    frozen = build(frozen_inference=True, warmup_steps=3, **changes).train()  # neither warm-up nor ramp at step 0
+    model = build(**changes).train()
+    torch.manual_seed(1)
+    loss = frozen(clip())
+    loss.total.backward()
+    expected = dynamic_kl(model, clip())
+    (model.config.kl_weight * expected).backward()
+
+    torch.testing.assert_close(loss.total, model.config.kl_weight * expected)
+    torch.testing.assert_close(loss.terms["kl_dynamic"], expected.detach())
+    assert set(loss.terms) == {"kl_dynamic", "visible_particles", "glimpse_side"}
+    whole = dict(model.named_parameters())
+    for name, parameter in frozen.named_parameters():
+        assert parameter.grad is not None, name
+        if name.startswith("pint."):
+            torch.testing.assert_close(parameter.grad, whole[name].grad, msg=name)
+        else:
+            assert not parameter.grad.any(), name
+    assert any(p.grad is not None and p.grad.any() for p in model.appearance_encoder.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in frozen.pint.parameters())
+
+
+def test_frozen_inference_scales_its_loss_as_the_perceptual_distance_does_and_needs_none() -> None:
+    plain, scaled = build(frozen_inference=True).train(), build(frozen_inference=True, recon_loss="vgg").train()
+    found = []
+    for model in (plain, scaled):
+        torch.manual_seed(1)
+        found.append(model(clip()))
+    torch.testing.assert_close(found[1].total, 1e-3 * found[0].total)
+
+
+def test_frozen_inference_leaves_all_but_pint_bit_for_bit_as_it_was() -> None:
+    model = build(frozen_inference=True).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-4, fused=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(clip()).total.backward()
+        optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert {name.partition(".")[0] for name in changed} == {"pint"}
+
+
+def test_frozen_inference_changes_nothing_in_evaluation() -> None:
+    with torch.no_grad():
+        a, b = build().eval()(clip()), build(frozen_inference=True).eval()(clip())
+    assert torch.equal(a.total, b.total)
+    assert set(a.terms) == set(b.terms)
 
 
 def test_one_particle_works() -> None:
