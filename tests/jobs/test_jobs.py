@@ -13,7 +13,7 @@ from pipeline.checkpoint import config_to_json
 from pipeline.presets import PRESETS
 
 JOBS = sorted((Path(__file__).resolve().parents[2] / "jobs").glob("*.py"))
-POSITIONAL = {"benchmark.py": ["ddlp"], "verify.py": ["DIR"]}
+POSITIONAL = {"benchmark.py": ["ddlp"], "sweep.py": ["iodine/debug"], "verify.py": ["DIR"]}
 """What a job wants before its flags; while that is missing, it speaks of nothing else."""
 
 

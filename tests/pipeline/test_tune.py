@@ -1,0 +1,278 @@
+"""Whole sweeps: through Ray with processes, driver and Ray killed; a trial alone; and what is refused before any starts."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+
+from pipeline import checkpoint, loop, store, tune
+from pipeline.config import SweepRun, TrainRun, with_overrides
+from pipeline.presets import PRESETS
+from pipeline.space import Objective
+
+PRESET = PRESETS["iodine"]["debug"]
+SEARCH = (
+    "model.likelihood_weight=log:1:100",
+    "model.entropy_weight=choice:0,0.01,0.1",
+    "model.num_refinements=int:1:3",
+)
+TRIALS = 6
+
+
+def start(out: Path, repository: Path, *flags: str, **environment: str) -> "subprocess.Popen[str]":
+    words = [sys.executable, str(repository / "jobs" / "sweep.py"), "iodine/debug", "--trials", str(TRIALS)]
+    words += ["--out", str(out), "--search", SEARCH[0], "--search", *SEARCH[1:], "--objective", "recon_psnr:max"]
+    words += ["--set", "checkpoint_every=5", "--max-concurrent", "2", "--retries", "1", *flags]
+    # Ray gives up at once on a cluster that was killed, instead of after a minute
+    given = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3", "PYTHONPATH": str(repository), **environment}
+    environ = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"} | given
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+
+
+def states(out: Path) -> list[str]:
+    with contextlib.suppress(Exception):  # it is being made
+        study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{out}/study.db")
+        return [trial.state.name for trial in study.get_trials(deepcopy=False)]
+    return []
+
+
+def wait(process: "subprocess.Popen[str]", reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+
+
+def descendants(process: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found, pending = [], [process]
+    while pending:
+        pending += (new := children.get(pending.pop(), []))
+        found += new
+    return found
+
+
+def last_psnr(out: Path, number: int) -> float:
+    lines = loop.read_metrics(str(out / "trials" / f"{number:04d}" / "seed-0"))
+    return [line["recon_psnr"] for line in lines if line["kind"] == "eval"][-1]
+
+
+def dashboard(out: Path, path: str) -> Any:
+    from optuna_dashboard import wsgi
+
+    app = wsgi(f"sqlite:///{out}/study.db")
+    answer: list[str] = []
+    environ = {
+        "REQUEST_METHOD": "GET", "PATH_INFO": path, "SERVER_NAME": "localhost", "SERVER_PORT": "80", "QUERY_STRING": "",
+        "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(), "wsgi.errors": io.StringIO(),
+    }  # fmt: skip
+    body = b"".join(app(environ, lambda status, headers, exc_info=None: answer.append(status)))
+    assert answer == ["200 OK"], (answer, body)
+    return json.loads(body)
+
+
+def test_a_sweep_survives_its_trials_its_driver_and_ray(tmp_path, repository):
+    """Trial 1 dies once and goes on, trial 2 dies too often; then the driver is killed, then Ray; nothing is lost."""
+    out, counts = tmp_path / "sweep", tmp_path / "counts"
+    counts.mkdir()
+    faults = {
+        "OBJDYN_FAILPOINTS": "published:trials/0001/seed-0/checkpoints/step-00000010/COMPLETE=kill*1; "
+        "published:trials/0002/seed-0/checkpoints/step-00000005/COMPLETE=kill",
+        "OBJDYN_FAILPOINTS_DIR": str(counts),
+    }
+    first = start(out, repository, **faults)
+    wait(first, lambda: len(states(out)) > 3)  # of the first three at least one is over
+    first.kill()
+    told = first.communicate()[0]
+    assert states(out).count("RUNNING") in (1, 2)
+    assert "trial 1: " in told
+    assert "it goes on from its checkpoint" in told
+
+    second = start(out, repository, "--resume", **faults)
+    before = len(states(out))
+    wait(second, lambda: len(states(out)) > before or len(states(out)) == TRIALS)
+    for process in descendants(second.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    second.wait(60)
+    assert second.returncode != 0
+
+    third = start(out, repository, "--resume")
+    told = third.communicate(timeout=120)[0]
+    assert third.returncode == 0, told
+    record = store.read_json(str(out / "sweep.json"))
+    trials = record["trials"]
+    assert [trial["number"] for trial in trials] == list(range(TRIALS))
+    assert [trial["state"] for trial in trials] == ["complete", "complete", "failed", *["complete"] * (TRIALS - 3)]
+    assert "its process died 2 times" in trials[2]["reason"]
+    assert sum(trial["attempts"] for trial in trials) > TRIALS
+    assert len({json.dumps(trial["settings"], sort_keys=True) for trial in trials}) == TRIALS
+    assert not (out / ".ray").exists()
+
+    # each value is what the run folder says; the best is the best of them, and the stored run that made it
+    values = {trial["number"]: trial["values"]["recon_psnr"] for trial in trials if trial["state"] == "complete"}
+    assert values == {number: last_psnr(out, number) for number in values}
+    best = max(values, key=lambda number: values[number])
+    assert f"best: trial {best}, " in told
+    stored = checkpoint.config_from_json(TrainRun, store.read_json(str(out / "best.json"))["run"])
+    assert {name: getattr(stored.model, name.partition(".")[2]) for name in trials[best]["settings"]} == (
+        trials[best]["settings"]
+    )
+
+    # an interrupted trial ended as one that nothing disturbed
+    interrupted = next(trial for trial in trials if trial["attempts"] > 1 and trial["state"] == "complete")
+    alone = with_overrides(
+        PRESET, {**interrupted["settings"], "checkpoint_every": 5, "out": str(tmp_path / "alone"), "threads": 1}
+    )
+    alone = loop.open_run(dataclasses.replace(alone, device="cpu"))
+    loop.train(alone)
+    weights = [checkpoint.load_last(str(path)) for path in (tmp_path / "alone", out / interrupted["folder"] / "seed-0")]
+    assert weights[0] is not None
+    assert weights[1] is not None
+    assert all(torch.equal(weights[0].model[name], tensor) for name, tensor in weights[1].model.items())
+
+    # optuna-dashboard lists the trials with their settings, curves, folders and pictures
+    (summary,) = dashboard(out, "/api/studies")["study_summaries"]
+    listed = dashboard(out, f"/api/studies/{summary['study_id']}")["trials"]
+    assert [trial["state"] for trial in listed] == [
+        "Complete" if trial["state"] == "complete" else "Fail" for trial in trials
+    ]
+    for trial, shown in zip(trials, listed, strict=True):
+        assert {p["name"]: p["param_external_value"] for p in shown["params"]} == {
+            name: str(value) for name, value in trial["settings"].items()
+        }
+        if trial["state"] == "complete":
+            assert [point["step"] for point in shown["intermediate_values"]] == [10, 20]
+            (picture,) = shown["artifacts"]
+            assert picture["mimetype"] == "image/png"
+            assert (out / "artifacts" / picture["artifact_id"]).read_bytes() == (out / trial["picture"]).read_bytes()
+        assert {"key": "folder", "value": json.dumps(trial["folder"])} in shown["user_attrs"]
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    import ray.tune
+
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray.tune, "report", told.append)
+    return told
+
+
+def job(out: Path, seeds: int = 1, **settings: Any) -> tune.Job:
+    run = with_overrides(PRESET, {"device": "cpu", "threads": 1, **settings})
+    objectives = (Objective("recon_psnr", "maximize"), Objective("step_seconds", "minimize"))
+    return tune.Job(run, str(out), objectives, seeds, 0.0)
+
+
+def test_a_trial_trains_every_seed_and_reports_the_first_while_it_trains(tmp_path, reports):
+    config = {"number": 7, "settings": json.dumps({"model.num_refinements": 1})}
+    tune.train_trial(config, job(tmp_path, seeds=2, steps=4, eval_every=2, log_every=2))
+    *curve, last = reports
+    assert [report["step"] for report in curve] == [2, 4]
+    values = json.loads(last["seed_values"])
+    assert curve[-1]["value"] == values[0]["recon_psnr"]
+    assert last["over"]
+    assert last["picture"] == "trials/0007/clip.png"
+    assert (tmp_path / last["picture"]).read_bytes().startswith(b"\x89PNG")
+    runs = [store.read_json(str(tmp_path / f"trials/0007/seed-{seed}/config.json"))["run"] for seed in (0, 1)]
+    assert [run["seed"] for run in runs] == [PRESET.seed, PRESET.seed + 1]
+    assert values[0]["recon_psnr"] != values[1]["recon_psnr"]
+    seconds = 0.0
+    for seed in (0, 1):
+        lines = [
+            line for line in loop.read_metrics(str(tmp_path / f"trials/0007/seed-{seed}")) if line["kind"] == "train"
+        ]
+        rates = sorted(line["steps_per_second"] for line in lines)
+        assert len(rates) == 2
+        assert values[seed]["step_seconds"] == pytest.approx((1 / rates[0] + 1 / rates[1]) / 2)
+        seconds += 2 / rates[0] + 2 / rates[1]
+    assert last["seconds"] == pytest.approx(seconds)
+
+
+def test_a_finished_trial_is_not_trained_again(tmp_path, reports):
+    config = {"number": 0, "settings": "{}"}
+    tune.train_trial(config, job(tmp_path, steps=2))
+    lines = (tmp_path / "trials/0000/seed-0/metrics.jsonl").read_bytes()
+    tune.train_trial(config, job(tmp_path, steps=2))
+    assert (tmp_path / "trials/0000/seed-0/metrics.jsonl").read_bytes() == lines
+    assert reports[-1]["seed_values"] == reports[0 if reports[0].get("over") else 1]["seed_values"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"optim.lr": 1e30}, "not finite 5 steps in a row"), ({"model.num_slots": 0}, "num_slots")],
+)
+def test_a_trial_that_cannot_work_says_why(tmp_path, reports, settings, reason):
+    tune.train_trial({"number": 0, "settings": json.dumps(settings)}, job(tmp_path))
+    assert reason in reports[-1]["failed"]
+
+
+def test_a_trial_on_a_full_disk_halts_the_sweep(tmp_path, reports, monkeypatch):
+    from pipeline import failpoints
+
+    failpoints.arm("write:trials/0000/seed-0/checkpoints=enospc")
+    try:
+        tune.train_trial({"number": 0, "settings": "{}"}, job(tmp_path, steps=2))
+    finally:
+        failpoints.arm("")
+    assert "No space left on device" in reports[-1]["halt"]
+    assert "trials/0000/seed-0/checkpoints" in reports[-1]["halt"]
+
+
+def sweep_run(out: Path, **fields: Any) -> SweepRun:
+    return SweepRun(**({"preset": "iodine/debug", "out": str(out), "search": SEARCH} | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"preset": "iodine/smal"}, "no preset 'iodine/smal'; choose .*iodine/small"),
+        ({"preset": "iodin"}, "no preset 'iodin'; choose .*iodine/debug"),
+        ({"preset": "ddlp/obj3d128"}, "no data of its own; give --data"),
+        ({"search": ()}, "search space is empty"),
+        ({"set": ("data=x",)}, "give --data itself"),
+        ({"set": ("model.entropy_weight=1",)}, "in --search and in --set"),
+        ({"set": ("model.entropyweight=1",)}, "no field 'entropyweight'"),
+        ({"objective": ("med10:min",)}, "does not report it; it reports fg_ari, loss, recon_psnr.*step_seconds"),
+        ({"objective": ("predict_psnr",)}, "does not report it"),  # IODINE predicts nothing
+        ({"objective": ("fg_ari", "fg_ari:min")}, "fg_ari twice"),
+        ({"objective": ("step_seconds",), "pruner": "asha"}, "none; leave out --pruner"),
+        ({"set": ("eval_every=0",)}, "evaluates nothing"),
+        ({"out": "", "resume": True}, "--resume needs --out"),
+        ({"out": "s3://bucket/sweep"}, "give --storage"),
+        ({"storage": "study.sql"}, "must end in .db"),
+        ({"resume": True}, "no study 'sweep'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        tune.sweep(sweep_run(tmp_path / "s", **fields))
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty .it holds precious.txt. and holds no sweep"):
+        tune.sweep(sweep_run(tmp_path))
+
+
+def test_a_second_driver_is_refused_by_name(tmp_path):
+    with tune._only_driver(str(tmp_path)), pytest.raises(ValueError, match=f"being swept by process {os.getpid()} on"):
+        tune.sweep(sweep_run(tmp_path))
