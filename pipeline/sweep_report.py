@@ -235,7 +235,8 @@ def history(sweep: SweepRecord) -> str:
             label=f"{objective.name} of the trials in the order in which they were begun",
         )
         plots.append(plot(_better(objective), drawing))
-    return _grid(plots)
+    explained = f"Complete trials; blue: better than all before.{_bars(sweep)}"
+    return f'{_grid(plots)}<p class="small">{escape(explained)}</p>'
 
 
 def curves(sweep: SweepRecord, ranking: Ranking) -> str:
@@ -288,7 +289,7 @@ def importance(sweep: SweepRecord) -> str:
 
 
 def slices(sweep: SweepRecord, ranking: Ranking) -> str:
-    """Each objective over each searched field; other settings differ from dot to dot."""
+    """Each objective over each searched field."""
     plots = []
     for objective in sweep.objectives:
         for name, text in sweep.space.items():
@@ -315,7 +316,11 @@ def slices(sweep: SweepRecord, ranking: Ranking) -> str:
                 label=f"{objective.name} over {name}",
             )
             plots.append(plot(f"{_better(objective)} over {name}", drawing))
-    return _grid(plots)
+    if not plots:
+        return ""
+    blue = "the best trial" if len(sweep.objectives) == 1 else "the Pareto front"
+    explained = f"Complete trials, whose other settings differ too; blue: {blue}.{_bars(sweep)}"
+    return f'{_grid(plots)}<p class="small">{escape(explained)}</p>'
 
 
 def pareto(sweep: SweepRecord, ranking: Ranking) -> str:
@@ -345,8 +350,7 @@ def pareto(sweep: SweepRecord, ranking: Ranking) -> str:
     if others:
         names = ", ".join(objective.name for objective in others)
         explained += f" They are not joined: the front has further objectives, which this picture leaves out ({names})."
-    if sweep.seeds > 1:
-        explained += f" Bars: lowest to highest of {sweep.seeds} seeds."
+    explained += _bars(sweep)
     shown = plot(f"{_better(second)} over {_better(first)}", drawing)
     return f'{shown}<p class="small">{escape(explained)}</p>'
 
@@ -567,6 +571,10 @@ def _objective_head(objective: Objective) -> str:
     unit = UNITS.get(objective.name, "")
     name = f"{objective.name} ({unit})" if unit else objective.name
     return f'{escape(name)} <span class="arrow" title="{better} is better">{sign}</span>'
+
+
+def _bars(sweep: SweepRecord) -> str:
+    return f" Bars: lowest to highest of {sweep.seeds} seeds." if sweep.seeds > 1 else ""
 
 
 def _grid(plots: Sequence[str]) -> str:

@@ -510,6 +510,7 @@ def test_seeds_have_a_bar_per_trial_best_first():
     assert labels == ["1", "0"]
     long = [abs(float(line.attrib["y1"]) - float(line.attrib["y2"])) for line in svg.findall("line")]
     assert len(long) == 2
+    assert page_of(SEEDS).texts["history"].endswith("blue: better than all before. Bars: lowest to highest of 3 seeds.")
     assert max(long) * 4 == pytest.approx(min(long) * 6, rel=0.01), "25 to 31 and 20 to 24"
 
 
