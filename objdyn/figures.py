@@ -8,10 +8,10 @@ with ``align_corners=True``: -1 is the centre of the first pixel, 1 the centre o
 import colorsys
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from html import escape
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -40,12 +40,29 @@ PALETTE: tuple[Colour, ...] = (
     (177, 89, 40),
 )
 CURVES = ("#2563eb", "#d97706", "#6b7280", "#059669", "#9333ea", "#dc2626", "#0891b2", "#a16207")
+CHARACTER = 6.6
+"""Width of a letter of 12 units, about."""
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "4 2")
 TRACES = ((6.0, ""), (1.4, ""), (1.8, "6 3"), (2.0, "1.5 3"))
 """Width and dashes of the lines of a track: pale for the first, with a dot at each frame for the second."""
 REACH = 2.0
 """Tracks that leave the frame are shown up to this coordinate."""
 OVERSAMPLE = 2
+
+
+class Point(NamedTuple):
+    """A dot of ``scatter_plot``."""
+
+    x: int | float | str
+    """A number, or one of the plot's categories."""
+    y: int | float | None
+    title: str = ""
+    """What it says when it is pointed at."""
+    bold: bool = False
+    low: int | float | None = None
+    """Lower end of a vertical bar through the dot."""
+    high: int | float | None = None
+    """Upper end of that bar; both ends or neither."""
 
 
 def colours(count: int) -> np.ndarray:
@@ -406,6 +423,7 @@ def line_plot(
     log_y: bool = False,
     mark_x: int | float | None = None,
     styles: Mapping[str, int] | None = None,
+    bold: Collection[str] = (),
     size: tuple[int, int] = (460, 260),
     label: str = "",
 ) -> str:
@@ -419,11 +437,12 @@ def line_plot(
         mark_x: a dashed vertical line there.
         styles: name -> number of its colour and dashes, for plots that share names; by order where not given. Number 0
             is drawn boldly.
+        bold: names of further curves that are.
         size: width and height of the drawing in its own units.
         label: what a screen reader says; empty takes ``y_label``.
     """
     width, height = size
-    style = {name: _curve_style((styles or {}).get(name, i)) for i, name in enumerate(series)}
+    style = {name: _curve_style((styles or {}).get(name, i), name in bold) for i, name in enumerate(series)}
     legend, legend_height = _legend(style, width)
     left, right, bottom = 46, width - 18, height - 40 + legend_height
     top = legend_height + (26 if y_label else 8)
@@ -442,16 +461,9 @@ def line_plot(
 
     parts = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label or y_label)}">']
     parts.append(f'<g font-size="12" fill="#52606d">{legend}')
-    for value in _log_ticks(y_low, y_high) if log_y else _ticks(y_low, y_high, 5):
-        y = place(x_low, value)[1]
-        text = _number(10**value if log_y else value)
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e7eb"/>')
-        parts.append(f'<text x="{left - 7}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    for value in _ticks(x_low, x_high, 6):
-        x = place(value, y_low)[0]
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}" stroke="#9aa5b1"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{_number(value)}</text>')
-    parts.append(f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="#9aa5b1"/>')
+    rows = [(place(x_low, value)[1], text) for value, text in _labelled(y_low, y_high, 5, log_y)]
+    columns = [(place(value, y_low)[0], text) for value, text in _labelled(x_low, x_high, 6, False)]
+    parts.append(_axes(rows, columns, left, right, bottom))
     if mark_x is not None:
         x = place(float(mark_x), y_low)[0]
         ends = f'x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"'
@@ -581,6 +593,134 @@ def histogram(
         parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="{anchor}">{_number(value)}</text>')
     parts.append(f'<text x="{left}" y="{top - 5}">{most} {escape(unit)}</text>')
     parts.append(f'<text x="{right}" y="{height - 5}" text-anchor="end">{escape(x_label)}</text></g></svg>')
+    return "".join(parts)
+
+
+def scatter_plot(
+    points: Sequence[Point],
+    *,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    categories: Sequence[str] | None = None,
+    line: Sequence[tuple[int | float | str, int | float]] = (),
+    line_label: str = "",
+    size: tuple[int, int] = (460, 260),
+    label: str = "",
+) -> str:
+    """Dots as an ``<svg>`` element, with a line through some places and a vertical bar through a dot if it has one.
+
+    Args:
+        points: later ones lie on top, bold ones on top of all. Those that are not finite, or not positive on a
+            logarithmic axis, are left out.
+        x_label: below the axis.
+        y_label: above the axis.
+        log_x: logarithmic axis; not with ``categories``.
+        log_y: the same upwards.
+        categories: texts at equal distances along x; every x is one of them. Numbers where not given.
+        line: (x, y) of places that are joined, in this order.
+        line_label: what the line is, for the legend.
+        size: width and height of the drawing in its own units.
+        label: what a screen reader says; empty takes ``y_label``.
+
+    Raises:
+        ValueError: an x that is no category, or a text where there are none.
+    """
+    width, height = size
+    legend, legend_height = _legend({line_label: (CURVES[1], "", 1.6)}, width) if line and line_label else ("", 0)
+    left, right, bottom = 46, width - 18, height - 40 + legend_height
+    top = legend_height + (26 if y_label else 8)
+    height += legend_height
+
+    places = {category: float(i) for i, category in enumerate(categories or ())}
+    for x in (*(point.x for point in points), *(x for x, _ in line)):
+        if x not in places if isinstance(x, str) else categories is not None:
+            raise ValueError(f"x={x!r} has no place: numbers go without categories, texts are one of {list(places)}")
+
+    def along(x: int | float | str) -> float | None:
+        return places[x] if isinstance(x, str) else _on_axis(x, log_x)
+
+    across = [along(point.x) for point in points]
+    up = [_on_axis(point.y, log_y) for point in points]
+    placed = [(p, x, y) for p, x, y in zip(points, across, up, strict=True) if x is not None and y is not None]
+    if not placed:
+        return f'<p class="empty">No values of {escape(label or y_label)}.</p>'
+    bars = [(_on_axis(p.low, log_y), _on_axis(p.high, log_y)) for p, _, _ in placed]
+    joined = [(along(x), _on_axis(y, log_y)) for x, y in line]
+    corners = [(x, y) for x, y in joined if x is not None and y is not None]
+    x_values = [x for _, x, _ in placed] + [x for x, _ in corners]
+    if categories is not None:
+        x_low, x_high = -0.5, len(categories) - 0.5
+    else:
+        x_low, x_high = _range(x_values, padding=0.04)
+    ends = [end for bar in bars if None not in bar for end in bar if end is not None]
+    y_low, y_high = _range([y for _, _, y in placed] + [y for _, y in corners] + ends, padding=0.06)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        right_by, up_by = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
+        return left + right_by * (right - left), bottom - up_by * (bottom - top)
+
+    rows = [(place(x_low, value)[1], text) for value, text in _labelled(y_low, y_high, 5, log_y)]
+    if categories is None:
+        columns = [(place(value, y_low)[0], text) for value, text in _labelled(x_low, x_high, 6, log_x)]
+    else:
+        space = (right - left) / len(categories)
+        columns = [(left + (i + 0.5) * space, escape(_shortened(c, space))) for i, c in enumerate(categories)]
+    parts = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label or y_label)}">']
+    parts.append(f'<g font-size="12" fill="#52606d">{legend}{_axes(rows, columns, left, right, bottom)}')
+    parts.append(f'<text x="4" y="{top - 12}">{escape(y_label)}</text>')
+    parts.append(f'<text x="{right}" y="{height - 6}" text-anchor="end">{escape(x_label)}</text></g>')
+    if corners:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*corner) for corner in corners))
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{CURVES[1]}" stroke-width="1.6"/>')
+    for (point, x, y), (low, high) in sorted(zip(placed, bars, strict=True), key=lambda item: item[0][0].bold):
+        colour, radius = (CURVES[0], 4.4) if point.bold else ("#7b8794", 3.2)
+        px, py = place(x, y)
+        title = f"<title>{escape(point.title)}</title>"
+        if low is not None and high is not None:
+            reach = f'y1="{place(x, low)[1]:.1f}" y2="{place(x, high)[1]:.1f}"'
+            parts.append(f'<line x1="{px:.1f}" x2="{px:.1f}" {reach} stroke="{colour}" stroke-width="2">{title}</line>')
+        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{radius}" fill="{colour}" fill-opacity="0.85">{title}')
+        parts.append("</circle>")
+    parts.append("</svg>")
+    return "".join(parts)
+
+
+def bar_plot(values: Mapping[str, int | float | None], *, x_label: str, width: int = 460, label: str = "") -> str:
+    """Horizontal bars as an ``<svg>`` element, one below the other, each with its name before and its value behind.
+
+    Args:
+        values: name -> value from 0 on; what is not finite has no bar.
+        x_label: below the bars.
+        width: of the drawing in its own units; the height follows from the number of bars.
+        label: what a screen reader says; empty takes ``x_label``.
+
+    Raises:
+        ValueError: a value is negative.
+    """
+    known = {name: _on_axis(value, False) for name, value in values.items()}
+    found = {name: value for name, value in known.items() if value is not None}
+    if not found:
+        return f'<p class="empty">No values of {escape(label or x_label)}.</p>'
+    if min(found.values()) < 0:
+        raise ValueError(f"bars begin at 0, got {found}; draw values of both signs with scatter_plot")
+    row, number = 26, 48
+    left = min(0.5 * width, CHARACTER * max(len(name) for name in found) + 14)
+    right, bottom = width - number, row * len(found) + 6
+    scale = (right - left) / (max(found.values()) or 1.0)
+    parts = [f'<svg class="plot" viewBox="0 0 {width} {bottom + 24}" role="img" ']
+    parts.append(f'aria-label="{escape(label or x_label)}"><g font-size="12" fill="#52606d">')
+    for i, (name, value) in enumerate(found.items()):
+        y, long, text = 6 + i * row, value * scale, _number(value)
+        parts.append(
+            f'<text x="{left - 7:.1f}" y="{y + 15}" text-anchor="end">{escape(_shortened(name, left - 7))}</text>'
+            f'<rect x="{left:.1f}" y="{y + 2}" width="{long:.1f}" height="{row - 8}" fill="{CURVES[0]}">'
+            f"<title>{escape(name)}: {text}</title></rect>"
+            f'<text x="{left + long + 5:.1f}" y="{y + 15}">{text}</text>'
+        )
+    parts.append(f'<line x1="{left:.1f}" x2="{left:.1f}" y1="2" y2="{bottom}" stroke="#9aa5b1"/>')
+    parts.append(f'<text x="{left:.1f}" y="{bottom + 16}">{escape(x_label)}</text></g></svg>')
     return "".join(parts)
 
 
@@ -716,11 +856,19 @@ def _column(pictures: Sequence[np.ndarray], gap: int = 4) -> np.ndarray:
 def _finite(x: Sequence[int | float], y: Sequence[int | float | None], log_y: bool) -> list[list[tuple[float, float]]]:
     segments: list[list[tuple[float, float]]] = [[]]
     for across, value in zip(x, y, strict=True):
-        if value is None or not math.isfinite(value) or (log_y and value <= 0):
+        up = _on_axis(value, log_y)
+        if up is None:
             segments.append([])
         else:
-            segments[-1].append((float(across), math.log10(value) if log_y else float(value)))
+            segments[-1].append((float(across), up))
     return [segment for segment in segments if segment]
+
+
+def _on_axis(value: int | float | None, log: bool) -> float | None:
+    """Where a value lies on an axis, in its units or their powers of ten; None if nowhere."""
+    if value is None or not math.isfinite(value) or (log and value <= 0):
+        return None
+    return math.log10(value) if log else float(value)
 
 
 def _range(values: Sequence[int | float], padding: float) -> tuple[float, float]:
@@ -748,19 +896,46 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return inside if len(inside) >= 2 else _ticks(low, high, 4)
 
 
+def _labelled(low: float, high: float, count: int, log: bool) -> list[tuple[float, str]]:
+    """Ticks of an axis with their texts."""
+    ticks = _log_ticks(low, high) if log else _ticks(low, high, count)
+    return [(tick, _number(10**tick if log else tick)) for tick in ticks]
+
+
+def _axes(
+    rows: Sequence[tuple[float, str]], columns: Sequence[tuple[float, str]], left: float, right: float, bottom: float
+) -> str:
+    """Grid lines at the heights of ``rows``, and the axis below with marks at ``columns``."""
+    parts = []
+    for y, text in rows:
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e7eb"/>')
+        parts.append(f'<text x="{left - 7}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    for x, text in columns:
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}" stroke="#9aa5b1"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{text}</text>')
+    parts.append(f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="#9aa5b1"/>')
+    return "".join(parts)
+
+
+def _shortened(text: str, width: float) -> str:
+    """The end of a text that is too long for a width, with what was cut marked: dotted names differ at their end."""
+    most = max(1, int(width / CHARACTER))
+    return text if len(text) <= most else "…" + text[len(text) - most + 1 :]
+
+
 def _number(value: int | float) -> str:
     return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.2g}"
 
 
-def _curve_style(index: int) -> tuple[str, str, float]:
+def _curve_style(index: int, bold: bool) -> tuple[str, str, float]:
     dash = DASHES[index % len(DASHES)]
-    return CURVES[index % len(CURVES)], dash, 2.4 if index == 0 else 1.6
+    return CURVES[index % len(CURVES)], dash, 2.4 if bold or index == 0 else 1.6
 
 
 def _legend(style: Mapping[str, tuple[str, str, float]], width: int) -> tuple[str, int]:
     parts, x, y = [], 4.0, 12
     for name, (colour, dash, stroke) in style.items():
-        length = 26 + 6.6 * len(name) + 16
+        length = 26 + CHARACTER * len(name) + 16
         if x > 4 and x + length > width:
             x, y = 4.0, y + 18
         parts.append(

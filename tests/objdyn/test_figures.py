@@ -223,6 +223,101 @@ def test_histogram_of_one_value_is_one_bar_at_that_value():
     assert [text.text for text in root.iter("text")].count("0.25") == 1
 
 
+def test_line_plot_draws_the_first_and_the_named_curves_boldly():
+    svg = figures.line_plot({n: ([1, 2], [1.0, 2.0]) for n in "abc"}, x_label="", y_label="", bold=["c"])
+    widths = {
+        line.attrib["stroke"]: float(line.attrib["stroke-width"])
+        for line in ElementTree.fromstring(svg).iter("polyline")
+    }
+    first, second, third = (widths[colour] for colour in figures.CURVES[:3])
+    assert first == third > second
+
+
+def dots(svg: str) -> dict[str | None, tuple[float, float]]:
+    circles = ElementTree.fromstring(svg).findall("circle")
+    return {c.findtext("title"): (float(c.attrib["cx"]), float(c.attrib["cy"])) for c in circles}
+
+
+def test_scatter_plot_places_dots_bars_and_line_on_the_same_axes():
+    points = [
+        figures.Point(0, 1.0, "a"),
+        figures.Point(1, 3.0, "b", bold=True, low=2.0, high=4.0),
+        figures.Point(2, 2.0, "c"),
+    ]
+    svg = figures.scatter_plot(points, x_label="x", y_label="y", line=[(0, 1.0), (2, 2.0)], line_label="front")
+    at = dots(svg)
+    assert list(at) == ["a", "c", "b"], "bold ones on top"
+    assert at["b"][0] - at["a"][0] == pytest.approx(at["c"][0] - at["b"][0], abs=0.11)
+    assert at["a"][1] - at["c"][1] == pytest.approx(at["c"][1] - at["b"][1], abs=0.11)
+    root = ElementTree.fromstring(svg)
+    (line,) = root.findall("polyline")
+    assert line.attrib["points"] == "{:.1f},{:.1f} {:.1f},{:.1f}".format(*at["a"], *at["c"])
+    (bar,) = root.findall("line")
+    assert float(bar.attrib["x1"]) == float(bar.attrib["x2"]) == at["b"][0]
+    assert float(bar.attrib["y1"]) == pytest.approx(at["c"][1], abs=0.11), "2 is where c is"
+    assert float(bar.attrib["y1"]) - at["b"][1] == pytest.approx(at["b"][1] - float(bar.attrib["y2"]), abs=0.11)
+    assert "front" in [text.text for text in root.iter("text")]
+
+
+def test_scatter_plot_on_log_axes_places_decades_evenly_and_leaves_out_what_has_no_logarithm():
+    points = [figures.Point(10.0**i, 10.0**-i, str(i)) for i in range(3)]
+    points += [figures.Point(0.0, 1.0, "zero"), figures.Point(1.0, -1.0, "below"), figures.Point(1.0, None, "none")]
+    points += [figures.Point(float("nan"), 1.0, "nan"), figures.Point(1.0, float("inf"), "infinite")]
+    at = dots(figures.scatter_plot(points, x_label="x", y_label="y", log_x=True, log_y=True))
+    assert list(at) == ["0", "1", "2"]
+    for axis in (0, 1):
+        assert at["1"][axis] - at["0"][axis] == pytest.approx(at["2"][axis] - at["1"][axis], abs=0.11)
+
+
+def test_scatter_plot_of_categories_has_them_at_equal_distances_in_the_given_order():
+    names = ["b", "a", "<c> which is too long for its place in this narrow plot"]
+    points = [figures.Point(name, i, name) for i, name in enumerate(names)]
+    svg = figures.scatter_plot(points, x_label="x", y_label="y", categories=names, size=(200, 200))
+    at = dots(svg)
+    apart = [at["a"][0] - at["b"][0], at[names[2]][0] - at["a"][0]]
+    assert apart == pytest.approx([136 / 3, 136 / 3], abs=0.11), "a third of what the margins leave"
+    texts = [text.text or "" for text in ElementTree.fromstring(svg).iter("text")]
+    assert texts.index("b") < texts.index("a")
+    assert "\u2026 plot" in texts
+    assert "<c>" not in svg
+
+
+@pytest.mark.parametrize(("x", "categories"), [("d", ["a"]), ("a", None), (1, ["a"])])
+def test_scatter_plot_refuses_what_has_no_place(x: int | str, categories: list[str] | None):
+    with pytest.raises(ValueError, match=f"x={x!r} has no place"):
+        figures.scatter_plot([figures.Point(x, 1)], x_label="", y_label="", categories=categories)
+
+
+def test_scatter_plot_of_one_or_no_dots_still_draws_and_is_escaped():
+    svg = figures.scatter_plot([figures.Point(5, 5, "<b>")], x_label="<i>", y_label='"a" & b', line_label="<u>")
+    assert list(dots(svg)) == ["<b>"]
+    assert not {"b", "i", "u"} & {each.tag for each in ElementTree.fromstring(svg).iter()}
+    assert ElementTree.fromstring(svg).attrib["aria-label"] == '"a" & b'
+    assert "No values of loss" in figures.scatter_plot([], x_label="", y_label="loss")
+
+
+def test_bar_plot_has_bars_as_long_as_their_values():
+    svg = figures.bar_plot({"model.<k>": 0.75, "none": None, "lr": 0.25, "nothing": 0.0}, x_label="share & more")
+    root = ElementTree.fromstring(svg)
+    bars = {bar.findtext("title"): float(bar.attrib["width"]) for bar in root.iter("rect")}
+    assert list(bars) == ["model.<k>: 0.75", "lr: 0.25", "nothing: 0"]
+    assert bars["lr: 0.25"] * 3 == pytest.approx(bars["model.<k>: 0.75"], abs=0.2)
+    assert bars["nothing: 0"] == 0
+    assert [text.text for text in root.iter("text")].count("0.75") == 1
+    assert root.attrib["aria-label"] == "share & more"
+    assert "<k>" not in svg
+
+
+def test_bar_plot_keeps_the_end_of_a_long_name_and_says_when_there_is_none():
+    svg = figures.bar_plot({"model." + 60 * "x" + ".kl_weight": 1}, x_label="share", width=200)
+    (name, *_) = [text.text or "" for text in ElementTree.fromstring(svg).iter("text")]
+    assert name.startswith("\u2026x")
+    assert name.endswith(".kl_weight")
+    assert "No values of share" in figures.bar_plot({"a": float("nan")}, x_label="share")
+    with pytest.raises(ValueError, match=r"bars begin at 0, got \{'a': -1\.0\}"):
+        figures.bar_plot({"a": -1}, x_label="share")
+
+
 def test_what_is_not_a_number_is_not_drawn():
     nowhere = figures.draw_particles(black(1), at(0, 0), transparency=np.array([[np.nan]]), scale=np.full((1, 1, 2), 1))
     assert nowhere.sum() == 0
