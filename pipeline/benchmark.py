@@ -43,6 +43,7 @@ from pipeline import (
     reference_ddlp,
     shard,
     store,
+    sweep_timing,
     tables,
     textbook,
 )
@@ -183,6 +184,7 @@ class _Bench:
             "extract": self.extract,
             "ray-train": self.ray_train,
             "reference": self.reference,
+            "sweep": lambda: sweep_timing.measure(self.folder),
         }[part]()
 
     def train(self) -> Report:
@@ -815,7 +817,8 @@ def _parts(run: BenchmarkRun) -> list[str]:
     """What to measure, in the order of ``BENCHMARK_PARTS``."""
     if run.parts:
         return [part for part in BENCHMARK_PARTS if part in run.parts]
-    return [part for part in BENCHMARK_PARTS if part != "reference" or run.family in REFERENCES]
+    left_out = {"sweep"} if run.family in REFERENCES else {"sweep", "reference"}
+    return [part for part in BENCHMARK_PARTS if part not in left_out]
 
 
 def _integrity(sha256: float, sync: float, whole: float) -> Report:
@@ -871,6 +874,8 @@ def render(report: Report) -> str:
         lines += ["", *_rollout_table(report["rollout"])]
     if "reference" in report:
         lines += ["", *_reference_table(report["family"], report["reference"])]
+    if "sweep" in report:
+        lines += ["", *sweep_timing.table(report["sweep"])]
     stages = [part for part in ("reader", "shard", "extract", "ray-train") if part in report]
     if stages:
         lines += ["", *_stage_table({part: report[part] for part in stages}, on.get("ray_start_seconds"))]

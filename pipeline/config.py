@@ -1047,7 +1047,7 @@ class DoctorRun:
             raise ValueError(f"sample_seconds must be positive, got {self.sample_seconds}")
 
 
-BenchmarkPart = Literal["train", "rollout", "reader", "shard", "extract", "ray-train", "reference"]
+BenchmarkPart = Literal["train", "rollout", "reader", "shard", "extract", "ray-train", "reference", "sweep"]
 BENCHMARK_PARTS: tuple[BenchmarkPart, ...] = get_args(BenchmarkPart)
 """What the benchmark can measure, in the order in which it does."""
 
@@ -1094,6 +1094,9 @@ class SweepRun:
     """Times that a trial is begun again, from its checkpoint, after its process died; then it has failed."""
     workers: int = 1
     """Training workers of each trial. One trains in the trial's own process, several by Ray Train."""
+    separate: bool = False
+    """Train each trial by Ray Train in processes of its own also where it has one worker; that costs some 10 s a
+    trial, and no trial sees what another left in its process."""
     gpus: float | None = None
     """GPUs of each worker, of which 0.5 is half of one; None is one where the cluster has any, 0 trains on CPUs."""
     threads: int | None = None
@@ -1142,8 +1145,9 @@ class BenchmarkRun:
     out: str = ""
     """File or s3:// URL that gets the numbers as JSON; empty only prints them."""
     parts: tuple[BenchmarkPart, ...] = ()
-    """What to measure; none given measures everything. ``reference``, the comparison in fixed settings with the
-    authors' code (ddlp, iodine, provide, oddn) or the textbook's (ddlp, ssm), is of these families alone."""
+    """What to measure; none given measures everything but ``sweep``, what a sweep adds to the training of its trials,
+    which is the same for every family. ``reference``, the comparison in fixed settings with the authors' code (ddlp,
+    iodine, provide, oddn) or the textbook's (ddlp, ssm), is of these families alone."""
     pairs: int = 5
     """Alternating pairs of a stage and the same work bare, and repetitions of the rest; the median is reported."""
     steps: int = 3

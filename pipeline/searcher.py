@@ -154,22 +154,22 @@ class StudyCallback(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The last attempt died."""
-        self._searcher.died(trial.trial_id, f"its process died {self._retries + 1} times, at last: {_cause(trial)}")
+        self._searcher.died(trial.trial_id, f"its process died {self._retries + 1} times; {_cause(trial)}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """An attempt died, another begins."""
         number = self._searcher.numbers.get(trial.trial_id)
-        print(f"trial {number}: {_cause(trial)}; it goes on from its checkpoint", file=sys.stderr, flush=True)
+        print(f"trial {number}: its process died; it goes on from its checkpoint", file=sys.stderr, flush=True)
 
     def __reduce__(self) -> Any:
         return (object, ())
 
 
 def _cause(trial: Any) -> str:
-    """The error of a trial's process in one line."""
+    """The error of a trial's process in one line; Ray says no more of one that was killed than that it is gone."""
     error = trial.get_error()
     error = getattr(error, "cause", None) or error
+    if error is None or type(error).__name__ == "ActorDiedError":
+        return "it was killed, or crashed, or ran out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if type(error).__name__ == "ActorDiedError":
-        return next((line for line in lines if "exit" in line.lower() or "killed" in line.lower()), "its process died")
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"

@@ -58,8 +58,10 @@ class Job(NamedTuple):
     out: str
     objectives: tuple[Objective, ...]
     seeds: int
-    gpus: float
-    """GPUs of each worker; 0 trains on CPUs."""
+    separate: bool
+    """Whether a trial is a run of Ray Train in processes of its own."""
+    gpus: float = 0.0
+    """Of each worker; 0 trains on CPUs."""
 
 
 def sweep(run: SweepRun) -> str:
@@ -85,7 +87,7 @@ def sweep(run: SweepRun) -> str:
         for note in space.notes(job_space, base, objectives):
             print(note, file=sys.stderr, flush=True)
         if study.missing:
-            _run_trials(run, study, Job(base, out, objectives, run.seeds, 0.0))
+            _run_trials(run, study, Job(base, out, objectives, run.seeds, run.separate or run.workers > 1))
         record = study.record()
         sweep_report.write_sweep(out, record, _best_run(out, record), commands=_commands(run, location))
     return _summary(out, record)
@@ -102,9 +104,9 @@ def _prepare(run: SweepRun) -> tuple[TrainRun, space.Space, tuple[Objective, ...
     shared = parse_settings(run.set, base)
     if taken := sorted(shared.keys() & {"data", "out", "resume", "workers", "threads", "device"}):
         raise ValueError(f"--set {taken[0]}: give --{taken[0]} itself")
-    data = store.resolve(run.data or base.data, "--data")
-    if not data:
+    if not (run.data or base.data):
         raise ValueError(f"{run.preset} has no data of its own; give --data, a dataset folder or sim:NAME")
+    data = store.resolve(run.data or base.data, "--data")
     base = with_overrides(base, {**shared, "data": data, "workers": run.workers})
     words = list(run.search)
     if run.ready_made:
@@ -196,7 +198,8 @@ def _run_trials(run: SweepRun, study: SweepStudy, job: Job) -> None:
     for name, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_RESULT_BUFFER_LENGTH": "1",
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "RAY_AIR_NEW_OUTPUT": "0", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+        "RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     }.items():  # fmt: skip
         os.environ.setdefault(name, value)
     from ray import tune
@@ -206,7 +209,7 @@ def _run_trials(run: SweepRun, study: SweepStudy, job: Job) -> None:
     searcher = StudySearcher(study, job.out, _Teller(study))
     scratch = store.join(job.out, ".ray")
     store.remove_tree(scratch)
-    resources = {"cpu": DRIVER_CPUS} if _nested(run.workers) else {"cpu": 1, **({"gpu": gpus} if gpus else {})}
+    resources = {"cpu": DRIVER_CPUS} if job.separate else {"cpu": 1, **({"gpu": gpus} if gpus else {})}
     trainable = tune.with_resources(tune.with_parameters(train_trial, job=job), resources)
     path, filesystem = ray_storage(job.out)
     tuner = tune.Tuner(
@@ -289,7 +292,7 @@ def _silent(line: Mapping[str, Any]) -> None:
 
 
 def _train(run: TrainRun, job: Job, show: Show) -> None:
-    if _nested(run.workers):
+    if job.separate:
         from pipeline.train import train
 
         train(run, gpus=job.gpus, show=show)
@@ -299,11 +302,6 @@ def _train(run: TrainRun, job: Job, show: Show) -> None:
     run = loop.open_run(run)
     loop.train(run, loop.Worker(device=torch_device(run.device), show=show))
     report.write_run_report(run.out)
-
-
-def _nested(workers: int) -> bool:
-    """Whether a trial is a run of Ray Train of its own."""
-    return workers > 1
 
 
 def _values(path: str, objectives: Sequence[Objective]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A sweep's study and searcher without Ray: what survives a restart, what ends how, and that the search finds things."""
+"""A sweep's study and searcher without Ray: what survives a restart, what ends how, and that the search finds."""
 
 import json
 import math
@@ -128,13 +128,13 @@ def test_another_sweep_is_refused_with_what_differs(tmp_path, resume, changed, m
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(ValueError, match="no study 'sweep'.*to resume"):
+    with pytest.raises(ValueError, match=r"no study 'sweep'.*to resume"):
         opened(tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("location", ["sqlite:////nowhere/at/all/study.db", "/nowhere/at/all/s.journal"])
 def test_storage_that_cannot_be_opened(location):
-    with pytest.raises(ValueError, match="nowhere.*cannot be opened"):
+    with pytest.raises(ValueError, match=r"nowhere.*cannot be opened"):
         study.open_storage(location)
 
 

@@ -1,4 +1,4 @@
-"""Whole sweeps: through Ray with processes, driver and Ray killed; a trial alone; and what is refused before any starts."""
+"""Whole sweeps through Ray, with trials, driver and Ray killed; a trial alone; what is refused before any starts."""
 
 import contextlib
 import dataclasses
@@ -31,14 +31,15 @@ SEARCH = (
 TRIALS = 6
 
 
-def start(out: Path, repository: Path, *flags: str, **environment: str) -> "subprocess.Popen[str]":
+def start(log: Path, out: Path, repository: Path, *flags: str, **environment: str) -> "subprocess.Popen[bytes]":
     words = [sys.executable, str(repository / "jobs" / "sweep.py"), "iodine/debug", "--trials", str(TRIALS)]
     words += ["--out", str(out), "--search", SEARCH[0], "--search", *SEARCH[1:], "--objective", "recon_psnr:max"]
     words += ["--set", "checkpoint_every=5", "--max-concurrent", "2", "--retries", "1", *flags]
     # Ray gives up at once on a cluster that was killed, instead of after a minute
     given = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3", "PYTHONPATH": str(repository), **environment}
     environ = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"} | given
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+    with open(log, "w") as file:
+        return subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environ)
 
 
 def states(out: Path) -> list[str]:
@@ -48,11 +49,11 @@ def states(out: Path) -> list[str]:
     return []
 
 
-def wait(process: "subprocess.Popen[str]", reached: Callable[[], bool]) -> None:
+def wait(process: "subprocess.Popen[bytes]", reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not reached():
         assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None
         time.sleep(0.1)
 
 
@@ -84,29 +85,36 @@ def dashboard(out: Path, path: str) -> Any:
         "REQUEST_METHOD": "GET", "PATH_INFO": path, "SERVER_NAME": "localhost", "SERVER_PORT": "80", "QUERY_STRING": "",
         "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(), "wsgi.errors": io.StringIO(),
     }  # fmt: skip
-    body = b"".join(app(environ, lambda status, headers, exc_info=None: answer.append(status)))
+
+    def begin(status: str, headers: Any, exc_info: Any = None, /) -> Callable[[bytes], object]:
+        answer.append(status)
+        return bytes
+
+    body = b"".join(app(environ, begin))
     assert answer == ["200 OK"], (answer, body)
     return json.loads(body)
 
 
 def test_a_sweep_survives_its_trials_its_driver_and_ray(tmp_path, repository):
-    """Trial 1 dies once and goes on, trial 2 dies too often; then the driver is killed, then Ray; nothing is lost."""
+    """Trial 1 dies once and goes on, the driver is killed, then Ray, and the last trial dies too often."""
     out, counts = tmp_path / "sweep", tmp_path / "counts"
     counts.mkdir()
     faults = {
         "OBJDYN_FAILPOINTS": "published:trials/0001/seed-0/checkpoints/step-00000010/COMPLETE=kill*1; "
-        "published:trials/0002/seed-0/checkpoints/step-00000005/COMPLETE=kill",
+        "published:trials/0005/seed-0/checkpoints/step-00000005/COMPLETE=kill",
         "OBJDYN_FAILPOINTS_DIR": str(counts),
     }
-    first = start(out, repository, **faults)
+    logs = [tmp_path / f"{number}.log" for number in range(3)]
+    first = start(logs[0], out, repository, **faults)
     wait(first, lambda: len(states(out)) > 3)  # of the first three at least one is over
     first.kill()
-    told = first.communicate()[0]
+    first.wait()
+    told = logs[0].read_text()
     assert states(out).count("RUNNING") in (1, 2)
     assert "trial 1: " in told
     assert "it goes on from its checkpoint" in told
 
-    second = start(out, repository, "--resume", **faults)
+    second = start(logs[1], out, repository, "--resume", **faults)
     before = len(states(out))
     wait(second, lambda: len(states(out)) > before or len(states(out)) == TRIALS)
     for process in descendants(second.pid):
@@ -115,14 +123,14 @@ def test_a_sweep_survives_its_trials_its_driver_and_ray(tmp_path, repository):
     second.wait(60)
     assert second.returncode != 0
 
-    third = start(out, repository, "--resume")
-    told = third.communicate(timeout=120)[0]
-    assert third.returncode == 0, told
+    third = start(logs[2], out, repository, "--resume", **faults)
+    assert third.wait(120) == 0, logs[2].read_text()
+    told = logs[2].read_text()
     record = store.read_json(str(out / "sweep.json"))
     trials = record["trials"]
     assert [trial["number"] for trial in trials] == list(range(TRIALS))
-    assert [trial["state"] for trial in trials] == ["complete", "complete", "failed", *["complete"] * (TRIALS - 3)]
-    assert "its process died 2 times" in trials[2]["reason"]
+    assert [trial["state"] for trial in trials] == [*["complete"] * (TRIALS - 1), "failed"]
+    assert "its process died 2 times" in trials[-1]["reason"]
     assert sum(trial["attempts"] for trial in trials) > TRIALS
     assert len({json.dumps(trial["settings"], sort_keys=True) for trial in trials}) == TRIALS
     assert not (out / ".ray").exists()
@@ -179,7 +187,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def job(out: Path, seeds: int = 1, **settings: Any) -> tune.Job:
     run = with_overrides(PRESET, {"device": "cpu", "threads": 1, **settings})
     objectives = (Objective("recon_psnr", "maximize"), Objective("step_seconds", "minimize"))
-    return tune.Job(run, str(out), objectives, seeds, 0.0)
+    return tune.Job(run, str(out), objectives, seeds, separate=False)
 
 
 def test_a_trial_trains_every_seed_and_reports_the_first_while_it_trains(tmp_path, reports):
@@ -228,7 +236,7 @@ def test_a_trial_that_cannot_work_says_why(tmp_path, reports, settings, reason):
 def test_a_trial_on_a_full_disk_halts_the_sweep(tmp_path, reports, monkeypatch):
     from pipeline import failpoints
 
-    failpoints.arm("write:trials/0000/seed-0/checkpoints=enospc")
+    failpoints.arm("write:trials/0000/seed-0/checkpoints=full")
     try:
         tune.train_trial({"number": 0, "settings": "{}"}, job(tmp_path, steps=2))
     finally:
@@ -237,8 +245,8 @@ def test_a_trial_on_a_full_disk_halts_the_sweep(tmp_path, reports, monkeypatch):
     assert "trials/0000/seed-0/checkpoints" in reports[-1]["halt"]
 
 
-def sweep_run(out: Path, **fields: Any) -> SweepRun:
-    return SweepRun(**({"preset": "iodine/debug", "out": str(out), "search": SEARCH} | fields))
+def sweep_run(folder: Path, **fields: Any) -> SweepRun:
+    return SweepRun(**({"preset": "iodine/debug", "out": str(folder), "search": SEARCH} | fields))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +277,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(tmp_path, fields, me
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty .it holds precious.txt. and holds no sweep"):
+    with pytest.raises(ValueError, match=r"not empty .it holds precious.txt. and holds no sweep"):
         tune.sweep(sweep_run(tmp_path))
 
 
