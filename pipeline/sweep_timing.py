@@ -84,7 +84,7 @@ def table(report: Report) -> list[str]:
     one, two = found["seconds_per_trial"]["1"], found["seconds_per_trial"]["2"]
     verdict = "met" if found["met"] else "missed"
     lines.append(
-        f"  two one-thread trials at once finish {found['ratio']:.2f} times as many ({one:.1f} s a trial one at a time, "
+        f"  two one-thread trials at once end {found['ratio']:.2f} times as many ({one:.1f} s a trial one at a time, "
         f"{two:.1f} s two at a time)   >= {found['target']:g} {verdict}"
     )
     return lines
