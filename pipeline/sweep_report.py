@@ -88,6 +88,7 @@ def sweep_json(sweep: SweepRecord) -> dict[str, Any]:
         {
             **sweep._asdict(),
             "schema": SCHEMA_VERSION,
+            "kind": "sweep",
             "objectives": [objective._asdict() for objective in sweep.objectives],
             "counts": {state: counts[state] for state in STATES},
             "front": [trial.number for trial in sweep.front],

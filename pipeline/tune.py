@@ -29,6 +29,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -89,7 +90,7 @@ def sweep(run: SweepRun) -> str:
         if study.missing:
             _run_trials(run, study, Job(base, out, objectives, run.seeds, run.separate or run.workers > 1))
         record = study.record()
-        sweep_report.write_sweep(out, record, _best_run(out, record), commands=_commands(run, location))
+        sweep_report.write_sweep(out, record, _best_run(out, record, base), commands=_commands(run, location))
     return _summary(out, record)
 
 
@@ -380,22 +381,24 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _best_run(out: str, record: SweepRecord) -> dict[str, Any] | None:
-    """The best trial's run as its folder has it; its first seed's."""
+def _best_run(out: str, record: SweepRecord, base: TrainRun) -> dict[str, Any] | None:
+    """The best trial's run as its folder has it, its first seed's, to be trained wherever the preset would be."""
     if record.best is None:
         return None
     stored = store.read_json(store.join(out, record.best.folder, "seed-0", "config.json"))
-    return {"family": stored["family"], "run": stored["run"]}
+    return {"family": stored["family"], "run": stored["run"] | {"device": base.device, "threads": base.threads}}
 
 
 def _commands(run: SweepRun, location: str) -> list[str]:
+    """The command lines of this sweep, of a training with its best settings, and of the dashboard."""
     family = run.preset.partition("/")[0]
+    again = dataclasses.replace(run, resume=False, storage=shown(run.storage))
     lines = [
-        command("jobs/sweep.py", dataclasses.replace(run, resume=False, storage=shown(run.storage))),
-        f"python jobs/train_{family}.py --config {store.join(run.out, 'best.json')} --out RUN",
+        command("jobs/sweep.py", again, preset=run.preset, default=SweepRun(run.preset)),
+        shlex.join(["python", f"jobs/train_{family}.py", "--config", store.join(run.out, "best.json"), "--out", "RUN"]),
     ]
     if location.startswith("sqlite:") or location.endswith(".journal"):
-        lines.append(f"optuna-dashboard {location} --artifact-dir {store.join(run.out, 'artifacts')}")
+        lines.append(shlex.join(["optuna-dashboard", location, "--artifact-dir", store.join(run.out, "artifacts")]))
     return lines
 
 

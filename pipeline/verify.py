@@ -1,4 +1,4 @@
-"""Read a dataset, run, checkpoint, tables or evaluation again from end to end, and say what is wrong where.
+"""Read a dataset, run, sweep, checkpoint, tables or evaluation again from end to end, and say what is wrong where.
 
     damaged    it is not what was recorded of it, or it contradicts itself
     missing    it is recorded, and not there
@@ -43,7 +43,7 @@ from pipeline.shard import INDEX_SCHEMA, OWNER, QUARANTINE_SCHEMA
 
 Kind = Literal["damaged", "missing", "extra", "leftover"]
 DEPTH = 2
-"""How far below PATH folders are looked for."""
+"""How far below PATH, and below the trials of a sweep, folders are looked for."""
 PROGRESS_SECONDS = 10.0
 SHOWN = 5
 """Most names that a note lists."""
@@ -54,6 +54,7 @@ DELETE = "delete it and "
 REPEAT = DELETE + "run jobs/extract.py again with the same flags: it keeps the parts that are done"
 RESTORE = "restore it from a copy; until then jobs can be given the folder of an older checkpoint"
 REMEASURE = "run jobs/evaluate.py again"
+GO_ON = "run jobs/sweep.py again with the same flags and --resume: it writes what its storage knows"
 UNNAMED = "nothing names it: verify.py --clean removes it"
 FOREIGN = "nothing names it, and it is not named as this software does: move it elsewhere"
 KILLED = "of a job that was killed or is writing it now: verify.py --clean removes it once it is old"
@@ -67,12 +68,14 @@ _CHECKPOINT = ("model.safetensors", "optimizer.safetensors", "state.json")
 _FILES: dict[str, set[str]] = {
     "split": {"manifest.json", "index.parquet", "quarantine.parquet"},
     "run": {"config.json", "metrics.jsonl", "last.json", "report.html", "metrics.json"},
+    "sweep": {"sweep.json", "sweep.parquet", "best.json", "report.html", "study.db", "study.db-journal", ".lock"},
     "checkpoint": {"COMPLETE", *_CHECKPOINT},
     "tables": {"settings.json", "manifest.json", "what-if.mp4", "what-if.gif", "what-if.png"},
     "evaluation": {"metrics.json", "report.html"},
 }
 _FOLDERS: dict[str, set[str]] = {
     "run": {"checkpoints", "tensorboard", ".ray"},
+    "sweep": {"artifacts", ".ray"},
     "tables": {*_TABLES, "parts"},
 }
 
@@ -175,9 +178,9 @@ def find_folders(path: str) -> list[Folder]:
         raise ValueError(f"{path} is a simulator and has no files; give the --out of a job")
     if store.is_file(path):
         raise ValueError(f"{path} is a file; give the folder that it belongs to")
-    found = list(_search(path, DEPTH))
+    found = list(_search(path, DEPTH, given=True))
     if not found:
-        what = "holds no dataset, run, checkpoint, tables or evaluation, and neither do the folders up to two levels in"
+        what = "holds no dataset, run, sweep, checkpoint, tables or evaluation, nor do the folders up to two levels in"
         raise ValueError(f"{path} {what if store.exists(path) else 'does not exist'}; give the --out of a job")
     return found
 
@@ -292,14 +295,14 @@ def verify_table(folder: str, table: tables.Table, record: Mapping[str, Any], se
 # Which folders there are
 
 
-def _search(path: str, depth: int) -> Iterator[Folder]:
+def _search(path: str, depth: int, given: bool = False) -> Iterator[Folder]:
     entries = store.list_folder(path)
-    kind = _kind_of(path, entries, given=depth == DEPTH)
+    kind = _kind_of(path, entries, given)
     if kind:
         yield Folder(path, kind, entries)
     for name, entry in entries.items():
         if entry.is_folder and depth and not name.startswith(".") and name not in _FOLDERS.get(kind, ()):
-            yield from _search(store.join(path, name), depth - 1)
+            yield from _search(store.join(path, name), DEPTH if kind == "sweep" else depth - 1)
 
 
 def _kind_of(path: str, entries: Mapping[str, store.Entry], given: bool) -> str:
@@ -330,12 +333,14 @@ def _kind_of(path: str, entries: Mapping[str, store.Entry], given: bool) -> str:
         return "tables" if b'"kind": "tables"' in _bytes(store.join(path, "manifest.json"), "") else "split"
     if files & {"index.parquet", "quarantine.parquet"} or any(ours(name, OWNER.encode()) for name in tars[:1]):
         return "split"
+    if ours("sweep.json") or ("study.db" in files and given):
+        return "sweep"
     return "evaluation" if ours("metrics.json") else ""
 
 
 def _ancestors(path: str) -> Iterator[str]:
-    """A path and everything above it that a search from PATH can have passed."""
-    for _ in range(DEPTH + 1):
+    """A path and everything above it that a search from PATH can have passed, through a sweep if there is one."""
+    for _ in range(2 * DEPTH + 2):
         yield path
         path = path.rpartition("/")[0]
 
@@ -1050,6 +1055,57 @@ def _verify_evaluation(folder: Folder, work: "_Work") -> str:
     return f"evaluation {folder.path.rpartition('/')[2]}"
 
 
+# Sweeps; the runs of their trials are folders of their own
+
+
+def _verify_sweep(folder: Folder, work: "_Work") -> str:
+    _find_temporaries(folder, "", folder.entries)
+    trials: list[dict[str, Any]] = []
+    with folder.reading("sweep.json"):
+        found = _sealed(folder.at("sweep.json"), GO_ON)
+        if found.get("kind") != "sweep":
+            raise FaultError(f"is of kind {found.get('kind')!r}; {GO_ON}")
+        trials = found["trials"]
+        with folder.reading("sweep.parquet"):
+            _check_sweep_table(_bytes(folder.at("sweep.parquet"), GO_ON), found)
+        if any(trial["state"] == "complete" for trial in trials):
+            with folder.reading("best.json"):
+                _sealed(folder.at("best.json"), GO_ON)
+    if "report.html" not in folder.entries:
+        folder.find("missing", "report.html", f"belongs to sweep.json; {GO_ON}")
+    for trial in trials:
+        for seed in range(len(trial["seed_values"])):
+            path = f"{trial['folder']}/seed-{seed}"
+            if not store.exists(folder.at(path, "last.json")):
+                folder.find("missing", path, "the trial is complete, and its run is not there; restore it from a copy")
+        if trial["picture"] and not store.exists(folder.at(trial["picture"])):
+            folder.find("missing", trial["picture"], "sweep.json names it; restore it from a copy")
+    over = Counter(trial["state"] for trial in trials)
+    told = ", ".join(f"{over[state]} {state}" for state in sorted(over)) or "no"
+    return f"sweep {folder.path.rpartition('/')[2]}: {told} trials"
+
+
+def _check_sweep_table(data: bytes, found: Mapping[str, Any]) -> None:
+    """Compare the table with the record.
+
+    Raises:
+        FaultError: they differ.
+    """
+    try:
+        rows = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        names = [objective["name"] for objective in found["objectives"]]
+        table = rows.select(["number", "state", "folder", *names]).to_pylist()
+    except (pa.ArrowException, KeyError) as error:
+        raise FaultError(f"cannot be read ({_one_line(error)}); {GO_ON}") from error
+    wanted = [
+        {**{name: trial[name] for name in ("number", "state", "folder")}, **{n: trial["values"].get(n) for n in names}}
+        for trial in found["trials"]
+    ]
+    if table != wanted:
+        differ = next((n for n, pair in enumerate(zip(table, wanted, strict=False)) if pair[0] != pair[1]), "some")
+        raise FaultError(f"says other things of trial {differ} than sweep.json; {GO_ON}")
+
+
 # Reading
 
 
@@ -1287,4 +1343,5 @@ _VERIFIERS: dict[str, Callable[[Folder, _Work], str]] = {
     "checkpoint": _verify_checkpoint,
     "tables": _verify_tables,
     "evaluation": _verify_evaluation,
+    "sweep": _verify_sweep,
 }

@@ -15,7 +15,7 @@ import torch
 from objdyn.families import FAMILIES, build
 from objdyn.models.ddlp import DDLPConfig
 from objdyn.simulators import SIMULATORS
-from pipeline import benchmark, checkpoint, extract, loop, reader, shard, store, tables, timing
+from pipeline import benchmark, checkpoint, extract, loop, reader, shard, store, sweep_timing, tables, timing
 from pipeline.benchmark import Arm, Task, compare, render, steady
 from pipeline.config import BENCHMARK_PARTS, BenchmarkRun, OptimConfig, ShardRun, TrainRun
 from pipeline.presets import PRESETS
@@ -256,6 +256,27 @@ def test_table_shows_ratios_beside_their_targets(
     assert "bare loop" in lines["ray-train"]
     assert "ray-train 3.0 s (bare loop 1.0 s)" in lines["start-up,"]
     assert "process pool" in lines["probe"]
+
+
+def test_table_of_a_sweep(training: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With sweeps that take no time: three trainings of 2 s, trials that end every 3, 20 and 5 s."""
+    ends = {"in_process": 3.0, "separate": 20.0, "at-once-1": 5.0, "at-once-2": 3.0}
+
+    def sweep(out: str, trials: int, *_: Any) -> list[tuple[float, float]]:
+        return [(0.0, 7.0 + ends[os.path.basename(out)] * n) for n in range(trials)]
+
+    monkeypatch.setattr(sweep_timing, "in_child", lambda function, *rest: function(*rest))
+    monkeypatch.setattr(sweep_timing, "_alone", lambda run: (2.0, 0.1))
+    monkeypatch.setattr(sweep_timing, "_sweep", sweep)
+    report = report_of(training, monkeypatch, tmp_path)[1]
+    report["sweep"] = found = sweep_timing.measure(str(tmp_path))
+    assert (found["in_process"]["median"], found["separate"]["median"]) == (1.0, 18.0)
+    assert found["side_by_side"]["steps"] == 120  # 12 s of them
+    assert found["side_by_side"]["ratio"] == pytest.approx(5 / 3 * 5 / 4 * 4 / 5)
+    text = render(report)
+    assert "in the trial's own process     1.00 (1.00 - 1.00)   <= 4 met, goal 2" in text
+    assert "18.00 (18.00 - 18.00)   <= 16 missed" in text
+    assert "1.67 times as many" in text
 
 
 @pytest.mark.parametrize(

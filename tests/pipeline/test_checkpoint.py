@@ -292,6 +292,19 @@ def test_path_without_a_model_says_what_to_give(tmp_path: Path) -> None:
 # Configs
 
 
+@pytest.mark.parametrize("family", PRESETS)
+def test_a_run_of_an_older_version_is_of_the_family_that_knows_its_settings(family: str) -> None:
+    run = PRESETS[family]["debug"]
+    stored = config_to_json(run)
+    newest = [field.name for field in dataclasses.fields(run.model)][-1]
+    del stored["model"][newest]
+    again = config_from_json(TrainRun, stored).model
+    assert type(again) is type(run.model)
+    assert getattr(again, newest) == getattr(type(run.model)(), newest)
+    with pytest.raises(ValueError, match="fit 0 of the known configs"):
+        config_from_json(TrainRun, {**stored, "model": {**stored["model"], "shoe_size": 42}})
+
+
 @pytest.mark.parametrize("name", PRESETS["ddlp"])
 def test_run_survives_json_with_its_tuples(name: str) -> None:
     run = PRESETS["ddlp"][name]

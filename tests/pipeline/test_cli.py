@@ -319,3 +319,32 @@ def test_importing_the_command_line_is_cheap():
     program = "import sys, pipeline.cli; print([m for m in ('torch', 'ray', 'tyro', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@dataclass(frozen=True)
+class Several:
+    where: str
+    """Place."""
+    words: tuple[str, ...] = ()
+    """Words."""
+    numbers: tuple[int, ...] = ()
+    """Numbers."""
+    last: int = 0
+    """A single one."""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "here --words a b --numbers 1 2 --last 3",
+        "here --words a --numbers 1 --words b --last 3 --numbers 2",
+        "here --last 2 --words a --words b --numbers 1 --numbers 2 --last 3",
+    ],
+)
+def test_a_flag_of_several_values_may_be_repeated(line: str) -> None:
+    assert parse(Several, line.split(), description="", positional=True) == Several("here", ("a", "b"), (1, 2), 3)
+
+
+def test_repeated_values_of_a_preset_replace_its_own() -> None:
+    config = {"one": ("One.", Several("there", words=("x",)))}
+    assert parse(config, ["one", "--words", "a", "--words", "b"], description="").words == ("a", "b")

@@ -187,6 +187,7 @@ def test_json_holds_the_whole_record(tmp_path: Path):
     trials = found.pop("trials")
     assert found == {
         "schema": 1,
+        "kind": "sweep",
         "preset": "ddlp/debug",
         "data": "sim:balls-interaction",
         "dataset_id": None,
@@ -271,6 +272,7 @@ def test_parquet_is_compressed_typed_and_says_what_it_is(tmp_path: Path):
     assert file.schema_arrow.types[2:6] == [pa.float64(), pa.int64(), pa.string(), pa.float64()]
     assert json.loads((file.schema_arrow.metadata or {})[METADATA_KEY]) == {
         "schema": 1,
+        "kind": "sweep",
         "table": "sweep",
         "preset": "ddlp/debug",
         "dataset_id": None,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -221,7 +222,6 @@ def test_untouched_folders_pass(whole: Path, capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_each_kind_of_folder_can_be_given(whole: Path, place: str, says: str):
-    import re
 
     assert re.match(rf"ok: {says}[^;]*; read in [\d.]+ s$", verify(run_of(whole / place)))
 
@@ -1251,3 +1251,73 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     assert store.list_folder(str(tmp_path))["self"].is_folder is False
     folder = module.Folder(str(tmp_path), "run", store.list_folder(str(tmp_path)))
     assert 0 <= module._ages(folder)(str(tmp_path)) < 3600
+
+
+# Sweeps
+
+
+@pytest.fixture
+def sweep_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two trials, one trained and one failed, as a sweep leaves them."""
+    import ray.tune
+
+    from pipeline import space, sweep_report, tune
+    from pipeline.study import SweepStudy
+
+    preset = PRESETS["iodine"]["debug"]
+    words = space.parse_space(["optim.lr=log:1e-4:1e-3"], preset)
+    objectives = (space.Objective("recon_psnr", "maximize"),)
+    plan = {"preset": "iodine/debug", "data": preset.data, "dataset_id": "d", "settings": {}, "sampler": "random",
+            "pruner": "none", "seed": 0, "seeds": 1}  # fmt: skip
+    out = str(tmp_path / "sweep")
+    os.makedirs(out)
+    study = SweepStudy.open(
+        f"sqlite:///{out}/study.db", "sweep", plan=plan, space=words, objectives=objectives, wanted=2, resume=False
+    )
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray.tune, "report", told.append)
+    number, settings = study.ask()
+    run = dataclasses.replace(preset, steps=2, eval_every=2, device="cpu", threads=1)
+    config = {"number": number, "settings": json.dumps(settings)}
+    tune.train_trial(config, tune.Job(run, out, objectives, 1, separate=False))
+    study.attach_picture(number, out, told[-1]["picture"])
+    study.complete(number, json.loads(told[-1]["seed_values"]), told[-1]["seconds"])
+    study.fail(study.ask()[0], "it cannot be")
+    record = study.record()
+    sweep_report.write_sweep(out, record, tune._best_run(out, record, preset))
+    return tmp_path / "sweep"
+
+
+def test_sweep_is_read_with_the_runs_of_its_trials(sweep_folder: Path) -> None:
+    told = verify(VerifyRun(str(sweep_folder)))
+    assert "sweep sweep: 1 complete, 1 failed trials" in told
+    assert "run seed-0: 1 checkpoints, the newest of step 2" in told
+    assert "sweep sweep" in verify(VerifyRun(str(sweep_folder.parent)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda f: (f / "sweep.json").write_bytes((f / "sweep.json").read_bytes().replace(b"iodine", b"iodene")),
+         "damaged sweep.json"),
+        (lambda f: os.remove(f / "sweep.parquet"), "missing sweep.parquet"),
+        (lambda f: pq.write_table(pq.read_table(f / "sweep.parquet").slice(1), f / "sweep.parquet"),
+         "damaged sweep.parquet"),
+        (lambda f: os.remove(f / "best.json"), "missing best.json"),
+        (lambda f: os.remove(f / "report.html"), "missing report.html"),
+        (lambda f: os.remove(f / "trials/0000/clip.png"), "missing trials/0000/clip.png"),
+        (lambda f: shutil.rmtree(f / "trials/0000/seed-0"), "missing trials/0000/seed-0"),
+        (lambda f: (f / "trials/0000/seed-0/checkpoints/step-00000002/model.safetensors").write_bytes(b"x"),
+         "damaged .*model.safetensors"),
+    ],
+)  # fmt: skip
+def test_damage_of_a_sweep_is_found(
+    sweep_folder: Path, damage: Callable[[Path], Any], found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(sweep_folder)
+    with pytest.raises(ValueError, match="1 finding"):
+        verify(VerifyRun(str(sweep_folder)))
+    kind, name = found.split()
+    text = capsys.readouterr()
+
+    assert re.search(rf"{kind}.*{name}", text.out + text.err)
