@@ -416,9 +416,13 @@ def _pruner(plan: Mapping[str, Any]) -> "optuna.pruners.BasePruner":
 
 
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What differs between two plans, as a sentence; empty if nothing does."""
+    """What differs between two plans, as a sentence; empty if nothing does.
+
+    A setting of the run that an older version did not know is no difference: it has its default.
+    """
     old, new = _flat(before), _flat(after)
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    later = {name for name in new.keys() - old.keys() if name.startswith("run ")}
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name not in later)
     return ", ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names)
 
 

@@ -155,6 +155,8 @@ def _places(run: SweepRun) -> tuple[str, str]:
             location = f"sqlite:///{location}"
         elif not location.endswith(".journal"):
             raise ValueError(f"--storage {run.storage}: a file must end in .db (SQLite) or .journal, or be a URL")
+    if run.resume and not run.storage and not store.exists(store.join(out, "study.db")):
+        raise ValueError(f"{out} holds no sweep (no study.db), so there is nothing to resume; leave out --resume")
     if not store.is_url(out):
         os.makedirs(out, exist_ok=True)
         others = [name for name in store.list_names(out) if not store.is_temporary(name)]

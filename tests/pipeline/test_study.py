@@ -127,6 +127,13 @@ def test_another_sweep_is_refused_with_what_differs(tmp_path, resume, changed, m
         opened(tmp_path, resume=resume, **changed)
 
 
+def test_a_setting_that_an_older_version_did_not_know_is_no_other_sweep(tmp_path):
+    opened(tmp_path, run={"steps": 20})
+    opened(tmp_path, resume=True, run={"steps": 20, "newer": 0})
+    with pytest.raises(ValueError, match="run steps was 20 and is 30"):
+        opened(tmp_path, resume=True, run={"steps": 30})
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(ValueError, match=r"no study 'sweep'.*to resume"):
         opened(tmp_path, resume=True)

@@ -267,7 +267,7 @@ def sweep_run(folder: Path, **fields: Any) -> SweepRun:
         ({"out": "", "resume": True}, "--resume needs --out"),
         ({"out": "s3://bucket/sweep"}, "give --storage"),
         ({"storage": "study.sql"}, "must end in .db"),
-        ({"resume": True}, "no study 'sweep'"),
+        ({"resume": True}, r"holds no sweep .no study.db."),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(tmp_path, fields, message):
