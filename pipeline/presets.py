@@ -688,7 +688,7 @@ ABOUT: dict[str, dict[str, str]] = {
         "small": "DDLP on 64-pixel balls; about 30 minutes on 2 cores",
         "debug-vgg": "tiny DDLP with the perceptual loss, for tests",
         "road-small": "DDLP on 64-pixel clips of one real road (--data); about 50 minutes on one core",
-        "phyre-small": "DDLP on 64-pixel PHYRE roll-outs (--data); untried, about 50 minutes on one core",
+        "phyre-small": "DDLP on 64-pixel PHYRE roll-outs (--data); about an hour on one core",
         "balls": "Balls-Interaction as in the paper (10 particles, 20 frames)",
         "balls-released": "Balls-Interaction as in the released settings (6 particles, 10 frames)",
         "balls-no-tracking": "the paper's ablation of balls: every frame encoded by the single-image model",
