@@ -392,7 +392,8 @@ def _member(hints: tuple[Any, ...], value: Any) -> Any:
         for hint in hints:
             if dataclasses.is_dataclass(hint):
                 known = {field.name for field in dataclasses.fields(hint)}
-                if known >= set(value):
+                # of a few fields alone nothing can be said
+                if known >= set(value) and len(known) <= 2 * len(value):
                     others.setdefault(len(known) - len(value), []).append(hint)
         fitting = others[min(others)] if others else []
         if len(fitting) != 1:

@@ -115,13 +115,16 @@ def _joined(words: Sequence[str], config: Any) -> list[str]:
     current: list[str] = []
     groups, begun = [current], dict[str, list[str]]()
     for word in words:
-        if word in begun:
-            current = begun[word]
+        flag, equals, value = word.partition("=")
+        if flag in several:
+            if flag not in begun:
+                begun[flag] = [flag]
+                groups.append(begun[flag])
+            current = begun[flag]
+            current += [value] if equals else []
         elif word.startswith("--"):
             current = [word]
             groups.append(current)
-            if word in several:
-                begun[word] = current
         else:
             current.append(word)
     return [word for group in groups for word in group]
@@ -167,7 +170,7 @@ def _stored_run(path: str, presets: Mapping[str, tuple[str, Any]]) -> Any:
         remedy = f"give it to jobs/train_{family}.py" if family in FAMILIES else f"this job trains {wanted}"
         raise ValueError(f"{path} is a run of {family}; {remedy}")
     try:
-        # The model by itself: among all families' it is known by having exactly their fields, which an older one lacks.
+        # The model by its family and not by its fields, of which an older version stored fewer.
         model = config_from_json(type(preset.model), fields.get("model", {}))
         run = config_from_json(type(preset), {**fields, "model": model})
     except ValueError as error:

@@ -1063,8 +1063,8 @@ class SweepRun:
     out: str = ""
     """Folder or s3:// URL of the sweep; each trial has its run folders in it. Empty takes the next free number under
     ~/objdyn/sweeps."""
-    trials: int = 20
-    """Trials of the whole sweep; a resumed one may ask for more."""
+    trials: int | None = None
+    """Trials of the whole sweep; None is 20, of a resumed one as many as before, and that may ask for more."""
     search: tuple[str, ...] = ()
     """FIELD=DISTRIBUTION of what to vary: model.kl_weight=log:0.01:1 (or uniform:0:1), model.num_slots=int:3:8 (or
     logint:8:512), model.entropy_weight=choice:0,0.01,0.1."""
@@ -1086,8 +1086,9 @@ class SweepRun:
     """asha stops trials early whose held-out objective is behind (asynchronous successive halving); one objective."""
     min_steps: int | None = None
     """Of asha, optimiser steps before a trial can be stopped; None takes the first evaluation."""
-    reduction: int = 3
-    """Of asha, one trial of so many goes on at each rung, and a rung has so many times the steps of the one before."""
+    reduction: int | None = None
+    """Of asha, one trial of so many goes on at each rung, and a rung has so many times the steps of the one before;
+    None is 3."""
     max_concurrent: int = 1
     """Trials that train side by side."""
     retries: int = 2
@@ -1110,21 +1111,26 @@ class SweepRun:
     """Go on with the sweep in --out until it has --trials."""
 
     def __post_init__(self) -> None:
-        for name in ("trials", "seeds", "max_concurrent", "workers"):
+        for name in ("seeds", "max_concurrent", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seed", "retries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.reduction < 2:
+        if self.reduction is not None and self.reduction < 2:
             raise ValueError(f"reduction must be at least 2, got {self.reduction}")
-        for name in ("min_steps", "threads"):
+        for name in ("trials", "min_steps", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         if self.gpus is not None and not (self.gpus >= 0 and (self.gpus <= 1 or self.gpus == int(self.gpus))):
             raise ValueError(f"gpus must be a share of a GPU up to 1, or a whole number, got {self.gpus}")
-        if self.pruner == "none" and self.min_steps is not None:
-            raise ValueError("min_steps is of the pruner; add --pruner asha")
+        if self.workers > 1 and self.gpus is not None and 0 < self.gpus < 1:
+            raise ValueError(
+                f"a share of a GPU (gpus={self.gpus}) is for trials of one worker, got workers={self.workers}"
+            )
+        for name in ("min_steps", "reduction"):
+            if self.pruner == "none" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is of the pruner; add --pruner asha")
         if self.pruner == "asha" and len(self.objective) > 1:
             raise ValueError(
                 f"pruner=asha judges trials by one objective, got {', '.join(self.objective)}; leave out --pruner, or "

@@ -96,11 +96,7 @@ def open_run(run: TrainRun) -> TrainRun:
     if run.resume and not run.out:
         raise ValueError("--resume needs --out, the folder of the run to continue")
     perceptual.require(run)
-    weights = tuple(store.resolve(path, perceptual.FLAG) for path in run.perceptual_weights)
-    run = dataclasses.replace(run, perceptual_weights=weights)
-    run = dataclasses.replace(run, data=store.resolve(run.data, "--data"), stages=_resolve_stages(run))
-    if run.init:
-        run = dataclasses.replace(run, init=store.resolve(run.init, "--init"))
+    run = resolve_paths(run)
     if not run.out:
         run, stored = _try(run)
         run = dataclasses.replace(run, out=next_free_folder(families.family_of(run.model)))
@@ -130,6 +126,21 @@ def open_run(run: TrainRun) -> TrainRun:
     _refuse_other_annealing(run, before["run"]["steps"])
     store.publish_json(path, stored)  # steps and intervals may grow
     return run
+
+
+def resolve_paths(run: TrainRun) -> TrainRun:
+    """The run with absolute paths of what it reads.
+
+    Raises:
+        ValueError: a path cannot be meant, see ``store.resolve``.
+    """
+    return dataclasses.replace(
+        run,
+        data=store.resolve(run.data, "--data"),
+        stages=_resolve_stages(run),
+        init=run.init and store.resolve(run.init, "--init"),
+        perceptual_weights=tuple(store.resolve(path, perceptual.FLAG) for path in run.perceptual_weights),
+    )
 
 
 def train(run: TrainRun, worker: Worker | None = None) -> str:

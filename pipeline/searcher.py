@@ -15,11 +15,15 @@ from ray.tune.search import Searcher
 
 from pipeline.study import SweepStudy
 
+MOST_FAILED = 5
+"""Failed trials after which a sweep stops that has no other."""
+
 
 class StudySearcher(Searcher):
     """Trials of a study: first those that were interrupted, then new ones.
 
-    A trial (``tune.train_trial``) reports ``step``, ``value`` and ``seconds`` while it trains, and at last ``over``,
+    A trial (``tune.train_trial``) reports ``step``, whether it is the ``last`` one, ``value`` and ``seconds`` while it
+    trains, and when all is done ``over``,
     ``seed_values`` as JSON, ``seconds`` and ``picture``, or with ``over`` the reason why it ``failed``, or one for
     which the whole sweep must ``halt``.
     """
@@ -63,7 +67,9 @@ class StudySearcher(Searcher):
         try:
             if result.get("halt"):
                 self.halted = OSError(errno.ENOSPC, result["halt"])
-            elif not result.get("over") and self._study.report(number, result["step"], result["value"]):
+            elif not result.get("over") and self._study.report(
+                number, result["step"], result["value"], last=result["last"]
+            ):
                 self._pruned.add(number)
                 return True
         except Exception as error:
@@ -89,10 +95,28 @@ class StudySearcher(Searcher):
         if number is None or self.halted is not None:
             return
         try:
-            self._study.fail(number, reason)
-            self._tell(number, f"failed: {reason}")
+            self._fail(number, reason, None)
         except Exception as problem:
             self.halted = problem
+
+    def _fail(self, number: int, reason: str, seconds: float | None) -> None:
+        self._study.fail(number, reason, seconds)
+        self._tell(number, f"failed: {reason}")
+        ended = [trial for trial in self._study.record().trials if trial.state != "running"]
+        if len(ended) >= MOST_FAILED and all(trial.state == "failed" for trial in ended):
+            self.halted = ValueError(
+                f"the first {len(ended)} trials failed, at last: {reason}; mend that, and start again in another --out"
+            )
+
+    def began_again(self, trial_id: str) -> int | None:
+        """Note that a trial whose process died begins again; return its number."""
+        number = self.numbers.get(trial_id)
+        if number is not None and self.halted is None:
+            try:
+                self._study.count_attempt(number)
+            except Exception as problem:
+                self.halted = problem
+        return number
 
     def _end(self, number: int, result: dict[str, Any]) -> None:
         seconds = float(result["seconds"])
@@ -100,14 +124,13 @@ class StudySearcher(Searcher):
             self._study.prune(number, seconds)
             self._tell(number, f"pruned at step {result['step']} after {seconds:.0f} s of training")
         elif failed := result.get("failed"):
-            self._study.fail(number, failed, seconds)
-            self._tell(number, f"failed: {failed}")
+            self._fail(number, failed, seconds)
         else:
             if picture := result.get("picture"):
                 self._study.attach_picture(number, self._out, picture)
             seed_values = json.loads(result["seed_values"])
             complete = self._study.complete(number, seed_values, seconds)
-            self._tell(number, f"complete after {seconds:.0f} s of training" if complete else "failed")
+            self._tell(number, f"complete after {seconds:.0f} s of training" if complete else "failed: not a number")
 
     # Tune saves its searcher at intervals; there is nothing to save.
 
@@ -158,7 +181,7 @@ class StudyCallback(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """An attempt died, another begins."""
-        number = self._searcher.numbers.get(trial.trial_id)
+        number = self._searcher.began_again(trial.trial_id)
         print(f"trial {number}: its process died; it goes on from its checkpoint", file=sys.stderr, flush=True)
 
     def __reduce__(self) -> Any:

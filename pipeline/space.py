@@ -31,12 +31,19 @@ NEVER = {
     "device": "give the sweep's --device",
     "threads": "give the sweep's --threads",
     "keep_last": "it changes no result",
+    "loader.prefetch": "it changes no result",
+    "loader.cache_gb": "it changes no result",
     "log_every": "it changes no result",
     "checkpoint_every": "it changes no result",
     "eval_every": "it changes when trials are judged, so they could not be compared",
     "eval_clips": "it changes what trials are judged by, so they could not be compared",
 }
 """Fields that no sweep varies, with the reason."""
+LETTERS = {
+    "beta": "likelihood_weight", "gamma": "entropy_weight", "psi": "kl_weight", "r": "num_refinements",
+    "k": "num_slots", "sigma": "likelihood_var", "beta_kl": "kl_weight",
+}  # fmt: skip
+"""The papers' letters and our names for them, for those who search by the paper."""
 COMPLETIONS = 24
 """Random settings of the other fields with which the ends of a range are tried, if they cannot be alone."""
 
@@ -151,13 +158,13 @@ def apply(run: TrainRun, settings: Mapping[str, Any]) -> TrainRun:
     return with_overrides(run, values)
 
 
-def notes(space: Space, run: TrainRun, objectives: Sequence[Objective]) -> list[str]:
-    """What a user should know of a space before hours go into it."""
+def notes(space: Space, settings: Mapping[str, Any], run: TrainRun, objectives: Sequence[Objective]) -> list[str]:
+    """What a user should know of a space, and of the settings that all trials share, before hours go into it."""
     found = []
     for number, stage in enumerate(run.parsed_stages, start=1):
-        if fixed := sorted(space.keys() & stage.settings.keys()):
-            found.append(f"note: stage {number} of {len(run.stages)} sets {', '.join(fixed)} itself, so the search "
-                         "changes the other stages alone")  # fmt: skip
+        if fixed := sorted((space.keys() | settings.keys()) & stage.settings.keys()):
+            found.append(f"note: stage {number} of {len(run.stages)} sets {', '.join(fixed)} itself, so that what the "
+                         "sweep says of it holds in the other stages alone")  # fmt: skip
     changed = sorted(name for name in space if name.endswith(MEANS_OTHER))
     if changed and any(objective.name == "loss" for objective in objectives):
         found.append(f"note: {', '.join(changed)} changes what the loss means, so losses of different trials do not "
@@ -167,6 +174,9 @@ def notes(space: Space, run: TrainRun, objectives: Sequence[Objective]) -> list[
 
 def _parse(name: str, text: str, run: TrainRun) -> Distribution:
     hint = _type(name, run)
+    if all(name in stage.settings for stage in run.parsed_stages):
+        raise ValueError(f"--search {name}: every stage of the run sets it itself; give other stages, such as "
+                         "--set 'stages=[]' for one stage with the run's own settings")  # fmt: skip
     kind, _, rest = text.partition(":")
     if kind not in get_args(Kind) or not rest:
         raise ValueError(f"--search {name}={text!r}: a distribution is {FORMS}")
@@ -196,16 +206,14 @@ def _parse(name: str, text: str, run: TrainRun) -> Distribution:
 
 
 def _type(name: str, run: TrainRun) -> Any:
-    for field, reason in NEVER.items():
-        if name == field or name.startswith("loader."):
-            reason = "it changes no result" if name.startswith("loader.") else reason
-            raise ValueError(f"--search {name}: a sweep cannot vary it; {reason}")
+    if name in NEVER:
+        raise ValueError(f"--search {name}: a sweep cannot vary it; {NEVER[name]}")
     try:
         return type_of(run, name)
     except ValueError as error:
         names = fields_of(run)
         last = name.rpartition(".")[2]
-        meant = [other for other in names if other.rpartition(".")[2] == last]
+        meant = [other for other in names if other.rpartition(".")[2] in (last, LETTERS.get(last.lower()))]
         meant = meant or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
         meant = meant or [n for n in names if difflib.SequenceMatcher(None, n.rpartition(".")[2], last).ratio() > 0.7]
         hint = f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
@@ -225,7 +233,10 @@ def fields_of(run: Any, prefix: str = "") -> list[str]:
 
 
 def _choices(name: str, rest: str, run: TrainRun) -> tuple[Any, ...]:
-    words = json.loads(f"[{rest}]") if rest.startswith("[") else rest.split(",")
+    try:
+        words = json.loads(f"[{rest}]") if rest.startswith("[") else rest.split(",")
+    except ValueError:
+        raise ValueError(f"--search {name}=choice:{rest}: write lists as choice:[8,16],[16,32]") from None
     words = [word if isinstance(word, str) else json.dumps(word) for word in words]
     values = []
     for word in words:

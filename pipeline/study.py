@@ -9,6 +9,7 @@ trials shows what was only an interruption; ``attempts`` tells it.
 
 import math
 import os
+import re
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,11 +21,14 @@ from pipeline.space import Distribution, Objective, Space
 if TYPE_CHECKING:
     import optuna
 
-SCHEMA = 1
-LEAST_FOR_IMPORTANCE = 4
+TRIALS = 20
+"""Trials of a sweep that does not say how many."""
+LEAST_FOR_IMPORTANCE = 8
 """Complete trials below which no importance is told."""
-PLAN, WANTED = "plan", "wanted"
-"""Attributes of the study: what must not change on a resume, and how many trials are wanted."""
+PLAN, WANTED, OUT = "plan", "wanted", "out"
+"""Attributes of the study: what must not change on a resume, how many trials are wanted, and the sweep's folder."""
+PATHS = ("data", "run data", "run out", "run init", "run perceptual_weights")
+"""What of a plan may change: the dataset is compared by its id, and runs compare the rest by checksums."""
 
 
 class TrialRecord(NamedTuple):
@@ -80,8 +84,8 @@ class SweepRecord(NamedTuple):
     trials: tuple[TrialRecord, ...]
     """By number."""
     importance: dict[str, dict[str, float]]
-    """Objective -> field -> share of the objective's variance that it explains, by PED-ANOVA; empty with fewer than
-    four complete trials."""
+    """Objective -> field -> its share in what tells the best quarter of the trials from all of them, by PED-ANOVA;
+    empty with fewer than eight complete trials."""
 
     @property
     def front(self) -> tuple[TrialRecord, ...]:
@@ -126,8 +130,9 @@ class SweepStudy:
         plan: Mapping[str, Any],
         space: Space,
         objectives: Sequence[Objective],
-        wanted: int,
+        wanted: int | None,
         resume: bool,
+        out: str = "",
     ) -> "SweepStudy":
         """Create the study, or open it to go on.
 
@@ -137,38 +142,51 @@ class SweepStudy:
             plan: what the sweep is; it must be the same when the sweep is resumed. JSON.
             space: search space.
             objectives: one or several.
-            wanted: trials of the whole sweep; it may grow.
+            wanted: trials of the whole sweep; it may grow. None is as many as before, or ``TRIALS``.
             resume: whether the study is there.
+            out: the sweep's folder.
 
         Raises:
             ValueError: the storage cannot be opened; it has no such study, or one although a new one was asked for; or
-                that is of another plan (the message lists what differs).
+                that is of another plan (the message lists what differs), or of another folder, or of more trials.
         """
         optuna = _optuna()
         storage = open_storage(location)
+        _remove_unborn(storage, name)
         names = optuna.get_all_study_names(storage)
         where = f"study {name!r} in {shown(location)}"
         if resume and name not in names:
             raise ValueError(f"there is no {where} to resume; leave out --resume")
         if not resume and name in names:
-            raise ValueError(f"{where} holds a sweep already; add --resume to go on with it, or choose another --out, "
-                             "or another --study")  # fmt: skip
+            raise ValueError(f"{where} holds a sweep already; add --resume to go on with it, or choose another --out")
         directions = [objective.direction for objective in objectives]
-        options = {"sampler": _sampler(plan, space, wanted), "pruner": _pruner(plan)}
         if resume:
-            study = optuna.load_study(study_name=name, storage=storage, **options)
+            study = optuna.load_study(study_name=name, storage=storage, pruner=_pruner(plan))
             if difference := _difference(study.user_attrs.get(PLAN, {}), plan):
                 raise ValueError(f"{where} is of another sweep: {difference}; repeat its settings, or choose another "
                                  "--out")  # fmt: skip
         else:
-            study = optuna.create_study(study_name=name, storage=storage, directions=directions, **options)
-            study.set_user_attr(PLAN, dict(plan))
+            study = optuna.create_study(
+                study_name=name, storage=storage, directions=directions, pruner=_pruner(plan),
+                sampler=_sampler(plan, space, wanted or TRIALS),
+            )  # fmt: skip
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # experimental since Optuna 3.2
                 study.set_metric_names([objective.name for objective in objectives])
-        study.set_user_attr(WANTED, wanted)
-        if resume:  # else a resumed search would draw its random start again
-            options["sampler"].reseed_rng()
+            study.set_user_attr(WANTED, wanted or TRIALS)
+            study.set_user_attr(OUT, out)
+            study.set_user_attr(PLAN, dict(plan))  # last: without it the study does not count
+            return cls(study, space, objectives)
+        before = study.user_attrs.get(OUT, out)
+        if before != out and store.exists(store.join(before, "trials")):
+            raise ValueError(f"{where} is of the sweep in {before}; give --out {before}, or move that folder first")
+        if wanted is not None and wanted < study.user_attrs[WANTED]:
+            raise ValueError(f"{where} is of {study.user_attrs[WANTED]} trials, and --trials asks for {wanted}; give as"
+                             " many or more, or leave it out")  # fmt: skip
+        study.set_user_attr(OUT, out)
+        study.set_user_attr(WANTED, wanted or study.user_attrs[WANTED])
+        study.sampler = _sampler(plan, space, study.user_attrs[WANTED])
+        study.sampler.reseed_rng()  # else a resumed search would draw its random start again
         return cls(study, space, objectives)
 
     @property
@@ -186,27 +204,32 @@ class SweepStudy:
         return [trial.number for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
 
     def take_over(self, number: int) -> dict[str, Any]:
-        """Go on with an interrupted trial; return its settings."""
+        """Go on with an interrupted trial; return its settings. Those that its driver had not drawn yet are drawn."""
         optuna = _optuna()
         frozen = self._study.get_trials(deepcopy=False)[number]
-        trial = self._live[number] = optuna.Trial(self._study, frozen._trial_id)
-        return self._begin(trial)
+        return self._begin(optuna.Trial(self._study, frozen._trial_id))
 
     def ask(self) -> tuple[int, dict[str, Any]]:
         """Begin a trial; return its number and settings."""
-        trial = self._study.ask({name: _distribution(d) for name, d in self._space.items()})
-        self._live[trial.number] = trial
+        trial = self._study.ask()
         return trial.number, self._begin(trial)
 
     def _begin(self, trial: "optuna.Trial") -> dict[str, Any]:
-        trial.set_user_attr("attempts", trial.user_attrs.get("attempts", 0) + 1)
+        self._live[trial.number] = trial
+        self.count_attempt(trial.number)
         trial.set_user_attr("folder", folder_of(trial.number))
-        return {name: trial.params[name] for name in self._space}  # in the space's order
+        return {name: _suggest(trial, name, distribution) for name, distribution in self._space.items()}
 
-    def report(self, number: int, step: int, value: float) -> bool:
+    def count_attempt(self, number: int) -> None:
+        """Note that a trial is begun, or begun again after its process died."""
+        trial = self._live[number]
+        trial.set_user_attr("attempts", trial.user_attrs.get("attempts", 0) + 1)
+
+    def report(self, number: int, step: int, value: float, *, last: bool = False) -> bool:
         """Record a held-out value of the objective after some optimiser steps; return whether to prune the trial.
 
-        What is reported a second time, by a trial that goes on from its checkpoint, replaces the first.
+        What is reported a second time, by a trial that goes on from its checkpoint, replaces the first. A trial at its
+        ``last`` step is not pruned: nothing would be saved.
         """
         if len(self._objectives) > 1 or not math.isfinite(value):
             return False
@@ -214,7 +237,7 @@ class SweepStudy:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a step that is reported again
             trial.report(value, step)
-        return trial.should_prune()
+        return not last and trial.should_prune()
 
     def complete(self, number: int, seed_values: Sequence[Mapping[str, float]], seconds: float) -> bool:
         """End a trial with the objectives of each seed; their medians are its values.
@@ -297,7 +320,8 @@ class SweepStudy:
             number=trial.number,
             state={"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(trial.state.name, "running"),
             settings={name: trial.params[name] for name in self._space if name in trial.params},
-            values=dict(zip(names, trial.values, strict=True)) if trial.values else {},
+            # Optuna gives a pruned trial the last value that it reported, which compares with no final one
+            values=dict(zip(names, trial.values, strict=True)) if trial.state.name == "COMPLETE" else {},
             seed_values=tuple(attrs.get("seed_values", ())),
             curve=tuple(sorted(trial.intermediate_values.items())),
             seconds=attrs.get("seconds"),
@@ -355,8 +379,9 @@ def open_storage(location: str) -> "optuna.storages.BaseStorage":
             return JournalStorage(JournalFileBackend(location))
         wait = {"connect_args": {"timeout": 60}} if location.startswith("sqlite:") else {}  # for the dashboard's reads
         return RDBStorage(location, engine_kwargs=wait)
-    except (OSError, SQLAlchemyError, ImportError, optuna.exceptions.OptunaError) as error:
-        reason = " ".join(str(error).replace(location, shown(location)).split()).partition(" (Background")[0]
+    except (OSError, SQLAlchemyError, ImportError, ValueError, optuna.exceptions.OptunaError) as error:
+        reason = "it is no URL of a database" if shown(location).endswith("://***") else str(error)
+        reason = " ".join(reason.replace(location, shown(location)).split()).partition(" (Background")[0]
         raise ValueError(
             f"--storage {shown(location)} cannot be opened ({reason}); give a file that ends in .db or .journal in a "
             "folder that is there, or the URL of a database that Optuna knows, such as postgresql://..."
@@ -364,12 +389,18 @@ def open_storage(location: str) -> "optuna.storages.BaseStorage":
 
 
 def shown(location: str) -> str:
-    """A storage's location without its password."""
-    head, at, tail = location.rpartition("@")
-    if not at or "://" not in head:
+    """A storage's location without its password, wherever in the URL that stands."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if "://" not in location or location.startswith("sqlite:"):
         return location
-    scheme, _, login = head.partition("://")
-    return f"{scheme}://{login.partition(':')[0]}:***@{tail}"
+    try:
+        url = make_url(location)
+        secret = [name for name in url.query if re.search("pass|pwd|secret|token|key", name, re.IGNORECASE)]
+        return url.update_query_dict(dict.fromkeys(secret, "***")).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):  # it is no URL, so it cannot be told what in it is secret
+        return f"{location.partition('://')[0]}://***"
 
 
 def _optuna() -> Any:
@@ -379,15 +410,14 @@ def _optuna() -> Any:
     return optuna
 
 
-def _distribution(distribution: Distribution) -> "optuna.distributions.BaseDistribution":
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
+def _suggest(trial: "optuna.Trial", name: str, distribution: Distribution) -> Any:
+    """The value of a setting in a trial: drawn, or what was drawn of it before."""
     if distribution.kind == "choice":
-        return CategoricalDistribution(distribution.choices)
+        return trial.suggest_categorical(name, distribution.choices)
     low, high = distribution.low, distribution.high
     if distribution.kind in ("int", "logint"):
-        return IntDistribution(int(low), int(high), log=distribution.kind == "logint")
-    return FloatDistribution(low, high, log=distribution.kind == "log")
+        return trial.suggest_int(name, int(low), int(high), log=distribution.kind == "logint")
+    return trial.suggest_float(name, low, high, log=distribution.kind == "log")
 
 
 def _sampler(plan: Mapping[str, Any], space: Space, wanted: int) -> "optuna.samplers.BaseSampler":
@@ -415,14 +445,23 @@ def _pruner(plan: Mapping[str, Any]) -> "optuna.pruners.BasePruner":
     )
 
 
+def _remove_unborn(storage: "optuna.storages.BaseStorage", name: str) -> None:
+    """Remove a study whose driver was killed before it had said what the study is; it has no trials yet."""
+    optuna = _optuna()
+    if name in optuna.get_all_study_names(storage):
+        study = optuna.load_study(study_name=name, storage=storage)
+        if PLAN not in study.user_attrs and not study.get_trials(deepcopy=False):
+            optuna.delete_study(study_name=name, storage=storage)
+
+
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """What differs between two plans, as a sentence; empty if nothing does.
 
     A setting of the run that an older version did not know is no difference: it has its default.
     """
     old, new = _flat(before), _flat(after)
-    later = {name for name in new.keys() - old.keys() if name.startswith("run ")}
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name not in later)
+    free = {name for name in new.keys() - old.keys() if name.startswith("run ")} | set(PATHS)
+    names = sorted(name for name in (old.keys() | new.keys()) - free if old.get(name) != new.get(name))
     return ", ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names)
 
 

@@ -283,7 +283,7 @@ def importance(sweep: SweepRecord) -> str:
     if not plots:
         return ""
     explained = (
-        f"The share of an objective's variance that each setting explains, by PED-ANOVA over {done} complete trials: "
+        f"How much each setting tells the best quarter of {done} complete trials from all of them, by PED-ANOVA: "
         "a hint where trials are few, and nothing about whether more or less of a setting is better."
     )
     return f'{_grid(plots)}<p class="small">{escape(explained)}</p>'

@@ -36,7 +36,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline import checkpoint, cluster, loop, space, store, sweep_report
+from pipeline import checkpoint, cluster, loop, perceptual, space, store, sweep_report
 from pipeline.cli import command
 from pipeline.config import SweepRun, TrainRun, flatten_settings, parse_settings, torch_device, with_overrides
 from pipeline.presets import PRESETS
@@ -47,6 +47,9 @@ from pipeline.train import OWN_ERRORS, Show, ray_storage
 PLAN_SCHEMA = 1
 WAIT_FOR_OWNER = 60.0
 """Seconds that a trial waits for a process that still trains it, such as one whose driver was killed just now."""
+REDUCTION = 3
+"""ASHA: one trial of so many goes on at each rung."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 DRIVER_CPUS = 0.01
 """What the process of a trial takes that waits for its Ray Train workers."""
 
@@ -82,15 +85,38 @@ def sweep(run: SweepRun) -> str:
     with _only_driver(out):
         plan = _plan(run, base, job_space, objectives)
         study = SweepStudy.open(
-            location, run.study, plan=plan, space=job_space, objectives=objectives, wanted=run.trials, resume=run.resume
+            location,
+            run.study,
+            plan=plan,
+            space=job_space,
+            objectives=objectives,
+            wanted=run.trials,
+            resume=run.resume,
+            out=out,
         )
         print(f"sweep folder: {out}\nstorage: {shown(location)}", flush=True)
-        for note in space.notes(job_space, base, objectives):
+        for note in space.notes(job_space, plan["settings"], base, objectives):
             print(note, file=sys.stderr, flush=True)
+
+        def write() -> SweepRecord:
+            record = study.record()
+            sweep_report.write_sweep(out, record, _best_run(out, record, base), commands=_commands(run, location))
+            return record
+
         if study.missing:
-            _run_trials(run, study, Job(base, out, objectives, run.seeds, run.separate or run.workers > 1))
-        record = study.record()
-        sweep_report.write_sweep(out, record, _best_run(out, record, base), commands=_commands(run, location))
+            try:
+                _run_trials(run, study, Job(base, out, objectives, run.seeds, run.separate or run.workers > 1))
+            except BaseException:
+                with contextlib.suppress(Exception):  # what stopped the sweep is what the user must hear of
+                    write()
+                raise
+        record = write()
+    if record.best is None:
+        reason = next((trial.reason for trial in reversed(record.trials) if trial.reason), "all were pruned")
+        raise ValueError(
+            f"none of {record.wanted} trials is complete ({reason}); see {store.join(out, 'report.html')}, and start "
+            "again in another --out"
+        )
     return _summary(out, record)
 
 
@@ -107,20 +133,25 @@ def _prepare(run: SweepRun) -> tuple[TrainRun, space.Space, tuple[Objective, ...
         raise ValueError(f"--set {taken[0]}: give --{taken[0]} itself")
     if not (run.data or base.data):
         raise ValueError(f"{run.preset} has no data of its own; give --data, a dataset folder or sim:NAME")
-    data = store.resolve(run.data or base.data, "--data")
-    base = with_overrides(base, {**shared, "data": data, "workers": run.workers})
+    base = with_overrides(base, {**shared, "data": run.data or base.data, "workers": run.workers})
+    base = loop.resolve_paths(base)
     words = list(run.search)
     if run.ready_made:
-        given = {word.partition("=")[0] for word in words}
+        given = {word.partition("=")[0] for word in words} | shared.keys()
         words += [word for word in space.ready_made(base) if word.partition("=")[0] not in given]
+    perceptual.require(base)
+    if base.init:
+        checkpoint.load_weights(base.init)  # which raises where there are none, before any trial does
     found = space.parse_space(words, base)
+    if run.min_steps is not None and run.min_steps > base.steps:
+        raise ValueError(f"--min-steps {run.min_steps} is more than the {base.steps} steps of a trial; lower it")
     if both := sorted(found.keys() & shared.keys()):
         raise ValueError(f"{both[0]} is in --search and in --set; leave it out of one")
     return base, found, _objectives(run, base)
 
 
 def _objectives(run: SweepRun, base: TrainRun) -> tuple[Objective, ...]:
-    reported = loop.reported_metrics(base)
+    reported = {name for name in loop.reported_metrics(base) if not name.startswith("copy_last")}
     words = run.objective or (next(name for name in space.DEFAULT_OBJECTIVES if name in reported),)
     objectives = tuple(Objective.parse(word) for word in words)
     names = [objective.name for objective in objectives]
@@ -159,9 +190,12 @@ def _places(run: SweepRun) -> tuple[str, str]:
         raise ValueError(f"{out} holds no sweep (no study.db), so there is nothing to resume; leave out --resume")
     if not store.is_url(out):
         os.makedirs(out, exist_ok=True)
-        others = [name for name in store.list_names(out) if not store.is_temporary(name)]
-        if others and not run.resume and "study.db" not in others and ".lock" not in others:
-            raise ValueError(f"{out} is not empty (it holds {others[0]}) and holds no sweep; choose another --out")
+    others = [name for name in store.list_names(out) if not store.is_temporary(name)]
+    known = "study.db" in others and not run.storage and run.study == "sweep"  # SweepStudy.open says more of it
+    if others not in ([], [".lock"]) and not run.resume and not known:
+        there = {"trials", "sweep.json"} & set(others)
+        what = "holds another sweep" if there else f"is not empty (it holds {others[0]}) and holds no sweep"
+        raise ValueError(f"{out} {what}; choose another --out")
     return out, location
 
 
@@ -171,7 +205,7 @@ def _plan(run: SweepRun, base: TrainRun, found: space.Space, objectives: Sequenc
 
     shared = parse_settings(run.set, base)
     first = base.eval_every if run.min_steps is None else run.min_steps
-    pruned = {"min_steps": first, "reduction": run.reduction} if run.pruner == "asha" else {}
+    pruned = {"min_steps": first, "reduction": run.reduction or REDUCTION} if run.pruner == "asha" else {}
     plan = {
         "schema": PLAN_SCHEMA,
         "preset": run.preset,
@@ -194,7 +228,9 @@ def _run_trials(run: SweepRun, study: SweepStudy, job: Job) -> None:
     """Let Ray Tune train the trials that are missing."""
     slots = run.max_concurrent * run.workers
     cluster.connect(num_cpus=slots + 1)
-    cluster.require_shared([job.out, *([] if job.run.data.startswith("sim:") else [job.run.data])])
+    read = {job.run.stage(index).data for index in range(len(job.run.parsed_stages))}
+    read |= {path for path in (job.run.init, *job.run.perceptual_weights) if path}
+    cluster.require_shared([job.out, *sorted(path for path in read if not path.startswith("sim:"))])
     gpus = _gpus(run)
     threads = run.threads or job.run.threads or max(1, (os.cpu_count() or 1) // slots)
     job = job._replace(gpus=gpus, run=dataclasses.replace(job.run, threads=threads, device="cuda" if gpus else "cpu"))
@@ -264,28 +300,30 @@ def train_trial(config: Mapping[str, Any], job: Job) -> None:
                 resume = store.exists(store.join(path, "config.json"))
                 one = dataclasses.replace(run, out=path, seed=run.seed + index, resume=resume)
 
-                _train(one, job, _reporter(path, job.objectives[0].name) if index == 0 else _silent)
+                try:
+                    _train(one, job, _reporter(one, job.objectives[0].name) if index == 0 else _silent)
+                finally:
+                    answer["seconds"] += _cost(path, "train_seconds")
                 seed_values.append(_values(path, job.objectives))
-                answer["seconds"] += _cost(path, "train_seconds")
                 if index == 0:
                     answer["picture"] = _picture(one, folder, folder_of(number))
         except OWN_ERRORS as error:
             answer["failed"] = " ".join(str(error).split())
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in NO_SPACE:
                 raise
             answer["halt"] = f"{error.strerror}: {error.filename}" if error.filename else str(error)
     tune.report({**answer, "seed_values": json.dumps(seed_values)})
 
 
-def _reporter(path: str, name: str) -> Show:
+def _reporter(run: TrainRun, name: str) -> Show:
     """Tells Tune the objective of each held-out evaluation."""
     from ray import tune
 
     def show(line: Mapping[str, Any]) -> None:
         if line["kind"] == "eval" and name in line:
-            seconds = _cost(path, "train_seconds")
-            tune.report({"step": line["step"], "value": line[name], "seconds": seconds})
+            seconds, last = _cost(run.out, "train_seconds"), line["step"] >= run.steps
+            tune.report({"step": line["step"], "last": last, "value": line[name], "seconds": seconds})
 
     return show
 
@@ -336,10 +374,18 @@ def _cost(path: str, name: str) -> float:
 
 
 def _picture(run: TrainRun, folder: str, name: str) -> str:
-    """Draw what the model of a run makes of its first held-out clip; return the PNG's name in the sweep's folder."""
+    """Draw what the model of a run makes of its first held-out clip; return the PNG's name in the sweep's folder.
+
+    Empty if it cannot be drawn: a picture is not worth a trial.
+    """
     from pipeline.evaluate import draw_first_clip
 
-    store.publish(store.join(folder, "clip.png"), draw_first_clip(run.out, run.stage(len(run.parsed_stages) - 1)))
+    try:
+        picture = draw_first_clip(run.out, run.stage(len(run.parsed_stages) - 1))
+    except Exception as error:
+        print(f"no picture of {run.out}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return ""
+    store.publish(store.join(folder, "clip.png"), picture)
     return f"{name}/clip.png"
 
 
@@ -420,7 +466,9 @@ def _plain(error: Exception) -> Exception:
     """A reason to stop as one that the command line tells in a line."""
     text = " ".join(str(error).split()).partition(" (Background")[0]
     after = "what is complete is kept; repeat the command with --resume"
-    if "disk is full" in text or getattr(error, "errno", None) == errno.ENOSPC:
+    if isinstance(error, ValueError):
+        return error
+    if "disk is full" in text or getattr(error, "errno", None) in NO_SPACE:
         return OSError(f"the disk is full ({text}); free some of it: {after}")
     return ValueError(f"the sweep stopped ({type(error).__name__}: {text}): {after}")
 

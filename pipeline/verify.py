@@ -333,7 +333,7 @@ def _kind_of(path: str, entries: Mapping[str, store.Entry], given: bool) -> str:
         return "tables" if b'"kind": "tables"' in _bytes(store.join(path, "manifest.json"), "") else "split"
     if files & {"index.parquet", "quarantine.parquet"} or any(ours(name, OWNER.encode()) for name in tars[:1]):
         return "split"
-    if ours("sweep.json") or ("study.db" in files and given):
+    if ours("sweep.json") or (given and ("study.db" in files or {"trials", ".lock"} <= set(entries))):
         return "sweep"
     return "evaluation" if ours("metrics.json") else ""
 

@@ -301,8 +301,9 @@ def test_a_run_of_an_older_version_is_of_the_family_that_knows_its_settings(fami
     again = config_from_json(TrainRun, stored).model
     assert type(again) is type(run.model)
     assert getattr(again, newest) == getattr(type(run.model)(), newest)
-    with pytest.raises(ValueError, match="fit 0 of the known configs"):
-        config_from_json(TrainRun, {**stored, "model": {**stored["model"], "shoe_size": 42}})
+    for damaged in ({**stored["model"], "shoe_size": 42}, {"image_size": 32}, {}):
+        with pytest.raises(ValueError, match="fit 0 of the known configs"):
+            config_from_json(TrainRun, {**stored, "model": damaged})
 
 
 @pytest.mark.parametrize("name", PRESETS["ddlp"])

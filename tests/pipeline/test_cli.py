@@ -339,6 +339,7 @@ class Several:
         "here --words a b --numbers 1 2 --last 3",
         "here --words a --numbers 1 --words b --last 3 --numbers 2",
         "here --last 2 --words a --words b --numbers 1 --numbers 2 --last 3",
+        "here --words=a --numbers=1 --words=b --last=3 --numbers 2",
     ],
 )
 def test_a_flag_of_several_values_may_be_repeated(line: str) -> None:

@@ -81,6 +81,8 @@ def test_draws_stay_inside_and_reach_everything():
         (["out=choice:a,b"], "folder of its own"),
         (["eval_every=int:1:9"], "could not be compared"),
         (["loader.prefetch=int:1:4"], "changes no result"),
+        (["model.beta=log:0.1:1"], "did you mean model.likelihood_weight"),
+        (["optim.betas=choice:[0.9,0.99],[0.9"], "write lists as choice"),
         (["model=choice:a,b"], "settings of its own"),
     ],
 )
@@ -121,19 +123,28 @@ def test_objectives():
 def test_notes_tell_what_a_search_cannot_change_and_what_losses_cannot_compare():
     run = PRESETS["iodine"]["small"]
     found = space.parse_space(["model.num_refinements=int:2:8"], run)
-    told = space.notes(found, run, [Objective("loss", "minimize")])
-    assert "stage 1 of 4 sets model.num_refinements itself" in told[0]
+    told = space.notes(found, {"model.num_slots": 5}, run, [Objective("loss", "minimize")])
+    assert "stage 1 of 4 sets model.num_refinements, model.num_slots itself" in told[0]
     assert "losses of different trials do not compare" in told[-1]
-    assert space.notes(space.parse_space(["optim.lr=log:1e-4:1e-2"], IODINE), IODINE, [Objective.parse("fg_ari")]) == []
+    rates = space.parse_space(["optim.lr=log:1e-4:1e-2"], IODINE)
+    assert space.notes(rates, {}, IODINE, [Objective.parse("fg_ari")]) == []
+
+
+def test_a_field_that_every_stage_sets_is_refused():
+    run = with_overrides(IODINE, {"stages": ("steps=5 optim.lr=1e-3", "optim.lr=1e-4")})
+    with pytest.raises(ValueError, match="every stage of the run sets it itself"):
+        space.parse_space(["optim.lr=log:1e-4:1e-2"], run)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"trials": 0}, "trials must be at least 1"),
-        ({"reduction": 1}, "at least 2"),
+        ({"reduction": 1, "pruner": "asha"}, "at least 2"),
         ({"gpus": 1.5}, "share of a GPU"),
         ({"min_steps": 5}, "add --pruner asha"),
+        ({"reduction": 3}, "add --pruner asha"),
+        ({"workers": 2, "gpus": 0.5}, "trials of one worker"),
         ({"pruner": "asha", "objective": ("fg_ari", "step_seconds")}, "one objective"),
         ({"threads": 0}, "threads"),
         ({"study": ""}, "name"),

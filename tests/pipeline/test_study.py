@@ -35,7 +35,7 @@ ONE, TWO = (Objective("fg_ari", "maximize"),), (Objective("fg_ari", "maximize"),
 
 
 def opened(
-    path: Path | str, *, resume: bool = False, wanted: int = 6, objectives: Any = ONE, **plan: Any
+    path: Path | str, *, resume: bool = False, wanted: int | None = 6, objectives: Any = ONE, out: str = "", **plan: Any
 ) -> SweepStudy:
     return SweepStudy.open(
         "sqlite:///:memory:" if path == MEMORY else f"sqlite:///{path}/study.db",
@@ -45,6 +45,7 @@ def opened(
         objectives=objectives,
         wanted=wanted,
         resume=resume,
+        out=out,
     )
 
 
@@ -90,6 +91,59 @@ def test_a_killed_driver_is_followed_by_one_that_takes_its_trials_over(tmp_path)
     assert record.best.number == 1
     assert opened(tmp_path, resume=True).missing == 0
     assert opened(tmp_path, resume=True, wanted=8).missing == 2
+
+
+def test_a_driver_killed_while_it_draws_settings_leaves_a_trial_that_goes_on(tmp_path, monkeypatch):
+    drawn = study._suggest
+
+    def die_at_the_second(trial, name, distribution):
+        if name == "model.entropy_weight":
+            raise KeyboardInterrupt
+        return drawn(trial, name, distribution)
+
+    first = opened(tmp_path)
+    monkeypatch.setattr(study, "_suggest", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        first.ask()
+    monkeypatch.setattr(study, "_suggest", drawn)
+    begun = first.record().trials[0].settings
+    assert list(begun) == ["model.likelihood_weight"]
+    second = opened(tmp_path, resume=True)
+    assert second.interrupted() == [0]
+    settings = second.take_over(0)
+    assert list(settings) == list(SPACE)
+    assert settings["model.likelihood_weight"] == begun["model.likelihood_weight"]
+
+
+def test_a_study_that_was_never_said_what_it_is_does_not_count(tmp_path):
+    optuna.create_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/study.db")  # and here its driver was killed
+    assert opened(tmp_path).missing == 6
+
+
+def test_trials_may_grow_and_not_shrink_and_are_remembered(tmp_path):
+    opened(tmp_path, wanted=8)
+    assert opened(tmp_path, resume=True, wanted=None).missing == 8
+    with pytest.raises(ValueError, match="of 8 trials, and --trials asks for 7"):
+        opened(tmp_path, resume=True, wanted=7)
+    assert opened(tmp_path, resume=True, wanted=9).missing == 9
+    (tmp_path / "other").mkdir()
+    assert opened(tmp_path / "other", wanted=None).missing == study.TRIALS
+
+
+def test_a_study_belongs_to_one_folder_until_that_is_moved(tmp_path):
+    (tmp_path / "a" / "trials").mkdir(parents=True)
+    opened(tmp_path, out=str(tmp_path / "a"))
+    with pytest.raises(ValueError, match=rf"is of the sweep in {tmp_path}/a; give --out"):
+        opened(tmp_path, resume=True, out=str(tmp_path / "b"))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert opened(tmp_path, resume=True, out=str(tmp_path / "b")).missing == 6
+
+
+def test_moved_data_are_no_other_sweep_and_other_data_are(tmp_path):
+    opened(tmp_path, data="/old", run={"data": "/old", "init": "/old/run"})
+    opened(tmp_path, resume=True, data="/new", run={"data": "/new", "init": "/new/run"})
+    with pytest.raises(ValueError, match="dataset_id was 'd' and is 'e'"):
+        opened(tmp_path, resume=True, data="/new", dataset_id="e", run={"data": "/new", "init": "/new/run"})
 
 
 def test_a_resumed_search_does_not_draw_its_random_start_again(tmp_path):
@@ -145,12 +199,22 @@ def test_storage_that_cannot_be_opened(location):
         study.open_storage(location)
 
 
-def test_a_password_is_not_shown():
-    location = "postgresql://me:secret@db.example:1/x"
-    assert study.shown(location) == "postgresql://me:***@db.example:1/x"
-    with pytest.raises(ValueError, match="cannot be opened") as error:
-        study.open_storage("nosuchdb://me:secret@db.example/x")
-    assert "secret" not in str(error.value)
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        ("postgresql://me:hunter2@db.example:1/x", "postgresql://me:***@db.example:1/x"),
+        ("postgresql://db.example/x?password=hunter2&user=me", "postgresql://db.example/x?password=%2A%2A%2A&user=me"),
+        ("postgresql://me:hunter2@db.example:port/x", "postgresql://***"),
+        ("sqlite:////data/study.db", "sqlite:////data/study.db"),
+        ("/data/study.journal", "/data/study.journal"),
+    ],
+)
+def test_a_password_is_not_shown(location, shown):
+    assert study.shown(location) == shown
+    if "hunter2" in location:
+        with pytest.raises(ValueError, match="cannot be opened") as error:
+            study.open_storage(location.replace("postgresql", "nosuchdb"))
+        assert "hunter2" not in str(error.value)
 
 
 def test_a_journal_file_holds_a_study_as_well(tmp_path):
@@ -187,7 +251,9 @@ def test_halving_keeps_the_better_third_and_remembers_over_a_restart(tmp_path):
         again.take_over(number)
     assert again.report(1, 10, 0.5)  # the third at this rung, and not the best: known from the storage
     assert not again.report(2, 10, 0.95)
-    assert again.record().trials[0].state == "pruned"
+    assert not again.report(1, 30, 0.1, last=True)  # at its last step a trial is never pruned
+    pruned = again.record().trials[0]
+    assert (pruned.state, pruned.values, pruned.curve) == ("pruned", {}, ((5, 0.1), (10, 0.1)))
 
 
 class FakeTune:
@@ -223,6 +289,7 @@ def test_searcher_gives_interrupted_trials_first_and_no_more_than_wanted(tmp_pat
     second.searcher.on_trial_complete("d", error=True)  # Tune says so first, the callback then why
     second.searcher.died("d", "its process died 3 times")
     assert told == [(0, "failed: it cannot be"), (2, "failed: its process died 3 times")]
+    assert second.searcher.halted is None
     assert [trial.state for trial in opened(tmp_path, resume=True, wanted=3).record().trials] == [
         "failed", "complete", "failed",
     ]  # fmt: skip
@@ -241,11 +308,30 @@ def test_a_full_disk_stops_the_sweep_and_leaves_its_trials_to_be_resumed(tmp_pat
     assert opened(tmp_path, resume=True).interrupted() == [0, 1]
 
 
+def test_a_sweep_whose_first_trials_all_fail_stops(tmp_path):
+    tune = FakeTune(opened(tmp_path, wanted=20))
+    begun = 0
+    while not tune.stopper.stop_all():
+        tune.begin(str(begun))
+        tune.report(str(begun), over(0.5, failed="the data are gone"))
+        begun += 1
+    assert begun == 5
+    assert "the first 5 trials failed, at last: the data are gone" in str(tune.searcher.halted)
+
+
+def test_every_attempt_of_a_trial_is_counted(tmp_path):
+    tune = FakeTune(opened(tmp_path))
+    tune.begin("a")
+    assert tune.searcher.began_again("a") == 0
+    tune.report("a", over(0.5))
+    assert opened(tmp_path, resume=True).record().trials[0].attempts == 2
+
+
 def test_a_trial_that_tune_stops_for_no_reason_of_ours_is_not_over(tmp_path):
     tune = FakeTune(opened(tmp_path))
     tune.begin("a")
-    tune.report("a", {"step": 1, "seconds": 1.0, "value": 0.5})
-    tune.searcher.on_trial_complete("a", {"step": 1, "seconds": 1.0, "value": 0.5})
+    tune.report("a", {"step": 1, "last": False, "seconds": 1.0, "value": 0.5})
+    tune.searcher.on_trial_complete("a", {"step": 1, "last": False, "seconds": 1.0, "value": 0.5})
     assert opened(tmp_path, resume=True).interrupted() == [0]
 
 
@@ -275,12 +361,17 @@ def test_a_planted_optimum_is_found_better_than_at_random():
     assert max(regrets["tpe"]) < 0.1
 
 
-def test_importance_finds_the_setting_that_matters():
-    found = opened(MEMORY, wanted=24, sampler="random")
+@pytest.mark.parametrize("objective", [Objective("fg_ari", "maximize"), Objective("loss", "minimize")])
+def test_importance_finds_what_the_best_trials_have_in_common(objective):
+    """Good trials have beta near 0.1, and whether trials are bad is decided by gamma: taken the wrong way round, that
+    would count."""
+    found = opened(MEMORY, wanted=40, sampler="random", objectives=(objective,))
     assert found.record().importance == {}
-    for _ in range(24):
+    for _ in range(40):
         number, settings = found.ask()
-        found.complete(number, [{"fg_ari": -abs(math.log10(settings["model.likelihood_weight"]))}], 1.0)
-    shares = found.record().importance["fg_ari"]
+        good = settings["model.likelihood_weight"] < 0.3
+        quality = 1.0 if good else -settings["model.entropy_weight"]
+        found.complete(number, [{objective.name: quality if objective.direction == "maximize" else -quality}], 1.0)
+    shares = found.record().importance[objective.name]
     assert set(shares) == set(SPACE)
-    assert max(shares, key=lambda name: shares[name]) == "model.likelihood_weight"
+    assert shares["model.likelihood_weight"] > 0.6

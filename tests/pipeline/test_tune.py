@@ -17,7 +17,7 @@ import optuna
 import pytest
 import torch
 
-from pipeline import checkpoint, loop, store, tune
+from pipeline import checkpoint, cli, loop, store, tune
 from pipeline.config import SweepRun, TrainRun, with_overrides
 from pipeline.presets import PRESETS
 from pipeline.space import Objective
@@ -259,6 +259,16 @@ def sweep_run(folder: Path, **fields: Any) -> SweepRun:
         ({"set": ("data=x",)}, "give --data itself"),
         ({"set": ("model.entropy_weight=1",)}, "in --search and in --set"),
         ({"set": ("model.entropyweight=1",)}, "no field 'entropyweight'"),
+        ({"set": ("init=/nowhere/at/all",)}, "nowhere"),
+        (
+            {
+                "objective": ("copy_last_predict_psnr:max",),
+                "preset": "ddlp/debug",
+                "search": ("optim.lr=log:1e-4:1e-3",),
+            },
+            "does not report it; it reports fg_ari, loss, predict_psnr, recon_psnr on",
+        ),
+        ({"pruner": "asha", "min_steps": 21}, "more than the 20 steps"),
         ({"objective": ("med10:min",)}, "does not report it; it reports fg_ari, loss, recon_psnr.*step_seconds"),
         ({"objective": ("predict_psnr",)}, "does not report it"),  # IODINE predicts nothing
         ({"objective": ("fg_ari", "fg_ari:min")}, "fg_ari twice"),
@@ -279,6 +289,81 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"not empty .it holds precious.txt. and holds no sweep"):
         tune.sweep(sweep_run(tmp_path))
+
+
+def test_another_study_in_the_folder_of_a_sweep_is_refused(tmp_path):
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "study.db").touch()
+    for fields in ({"study": "second"}, {"storage": str(tmp_path / "other.db")}):
+        with pytest.raises(ValueError, match="holds another sweep; choose another --out"):
+            tune.sweep(sweep_run(tmp_path, **fields))
+
+
+def test_what_is_set_is_not_searched_as_ready_made():
+    _, found, _ = tune._prepare(SweepRun("iodine/debug", ready_made=True, set=("model.num_slots=3",)))
+    assert "model.num_slots" not in found
+    assert "model.kl_weight" in found
+
+
+def test_the_example_of_the_readme_is_one_that_works(repository):
+    text = (repository / "README.md").read_text().partition("### Sweeps")[2]
+    line = text.partition("jobs/sweep.py ")[2].partition("\npython")[0].replace("\\\n", " ")
+    line = line.replace("~/data/road", "sim:balls-interaction").replace("~/sweeps", "/nowhere")
+    run = cli.parse(SweepRun, line.split(), description="", positional=True)
+    base, found, objectives = tune._prepare(run)
+    assert base.steps == 1200
+    assert len(found) == 3
+    assert [objective.name for objective in objectives] == ["recon_psnr", "step_seconds"]
+
+
+def test_a_trial_waits_for_a_process_that_still_trains_it(tmp_path, monkeypatch):
+    folder = str(tmp_path / "trials/0000")
+    with tune._only_trainer(folder):
+        monkeypatch.setattr(tune, "WAIT_FOR_OWNER", 0.3)
+        with pytest.raises(ChildProcessError, match="another process still trains"), tune._only_trainer(folder):
+            pass
+    with tune._only_trainer(folder):
+        assert os.path.exists(os.path.join(folder, ".lock"))
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_trial(tmp_path, reports, monkeypatch):
+    from pipeline import evaluate
+
+    def fail(*_: Any) -> bytes:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(evaluate, "draw_first_clip", fail)
+    tune.train_trial({"number": 0, "settings": "{}"}, job(tmp_path, steps=2))
+    assert reports[-1]["picture"] == ""
+    assert "failed" not in reports[-1]
+
+
+def test_trials_of_two_workers_train_by_ray_train(tmp_path, ray_local):
+    fixed = ("steps=4", "eval_every=2", "log_every=2")
+    run = sweep_run(tmp_path / "s", trials=1, workers=2, objective=("recon_psnr", "step_seconds"), set=fixed)
+    assert "Pareto front: trial 0" in tune.sweep(run)
+    (trial,) = store.read_json(str(tmp_path / "s/sweep.json"))["trials"]
+    assert trial["state"] == "complete"
+    path = str(tmp_path / "s/trials/0000/seed-0")
+    assert store.read_json(os.path.join(path, "config.json"))["run"]["workers"] == 2
+    assert checkpoint.last_step(path) == 4
+    assert trial["values"]["recon_psnr"] == last_psnr(tmp_path / "s", 0)
+    assert trial["values"]["step_seconds"] > 0
+
+
+def test_halving_stops_trials_that_ray_trains(tmp_path, ray_local):
+    fixed = ("steps=8", "eval_every=2", "log_every=2")
+    run = sweep_run(
+        tmp_path / "s", trials=4, search=("optim.lr=choice:0.00000001,0.003",), set=fixed, objective=("recon_psnr",),
+        pruner="asha", reduction=2, sampler="random", seed=1,
+    )  # fmt: skip
+    told = tune.sweep(run)
+    assert "3 complete, 1 pruned of 4 trials" in told
+    trials = store.read_json(str(tmp_path / "s/sweep.json"))["trials"]
+    assert [trial["settings"]["optim.lr"] for trial in trials] == [0.003, 0.003, 1e-8, 0.003]
+    assert [trial["state"] for trial in trials] == ["complete", "complete", "pruned", "complete"]
+    assert [[step for step, _ in trial["curve"]] for trial in trials] == [[2, 4, 6, 8], [2, 4, 6, 8], [2], [2, 4, 6, 8]]
+    assert trials[2]["values"] == {}
 
 
 def test_a_second_driver_is_refused_by_name(tmp_path):
