@@ -27,6 +27,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import shlex
@@ -242,6 +243,8 @@ def _run_trials(run: SweepRun, study: SweepStudy, job: Job) -> None:
     }.items():  # fmt: skip
         os.environ.setdefault(name, value)
     from ray import tune
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # of trials that fail the sweep says more itself
 
     from pipeline.searcher import StudyCallback, StudySearcher, StudyStopper
 

@@ -101,7 +101,7 @@ def test_a_sweep_survives_its_trials_its_driver_and_ray(tmp_path, repository):
     counts.mkdir()
     faults = {
         "OBJDYN_FAILPOINTS": "published:trials/0001/seed-0/checkpoints/step-00000010/COMPLETE=kill*1; "
-        "published:trials/0005/seed-0/checkpoints/step-00000005/COMPLETE=kill",
+        "publish:trials/0005/seed-0/last.json=kill",
         "OBJDYN_FAILPOINTS_DIR": str(counts),
     }
     logs = [tmp_path / f"{number}.log" for number in range(3)]
@@ -172,7 +172,7 @@ def test_a_sweep_survives_its_trials_its_driver_and_ray(tmp_path, repository):
             (picture,) = shown["artifacts"]
             assert picture["mimetype"] == "image/png"
             assert (out / "artifacts" / picture["artifact_id"]).read_bytes() == (out / trial["picture"]).read_bytes()
-        assert {"key": "folder", "value": json.dumps(trial["folder"])} in shown["user_attrs"]
+        assert {"key": "folder", "value": trial["folder"]} in shown["user_attrs"]
 
 
 @pytest.fixture
