@@ -41,6 +41,9 @@ def main(
     words = [word for word in words if word != DEBUG]
     try:
         run = parse(config, words, description=description, default_preset=default_preset, positional=positional)
+    except (ValueError, OSError) as error:  # of the file of --config
+        _fail(error, 1, debug, _one_line(error))
+    try:
         result = function(run)
         if result is not None:
             print(result, flush=True)

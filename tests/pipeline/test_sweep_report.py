@@ -272,7 +272,6 @@ def test_parquet_is_compressed_typed_and_says_what_it_is(tmp_path: Path):
     assert file.schema_arrow.types[2:6] == [pa.float64(), pa.int64(), pa.string(), pa.float64()]
     assert json.loads((file.schema_arrow.metadata or {})[METADATA_KEY]) == {
         "schema": 1,
-        "kind": "sweep",
         "table": "sweep",
         "preset": "ddlp/debug",
         "dataset_id": None,
@@ -430,7 +429,7 @@ def test_importance_has_a_bar_per_field_the_longest_first():
     (svg,) = svgs(render_sweep("/nowhere", SINGLE), "importance of settings for recon_psnr")
     bars = [rect.findtext("title") for rect in svg.iter("rect")]
     assert bars == ["model.num_particles: 0.625", "model.kl_weight: 0.25", "model.prior: 0.125"]
-    assert "PED-ANOVA over 3 complete trials" in page_of(SINGLE).texts["which-settings-matter"]
+    assert "the best quarter of 3 complete trials" in page_of(SINGLE).texts["which-settings-matter"]
     assert "which-settings-matter" not in page_of(TWO).texts
 
 
