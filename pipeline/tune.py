@@ -337,6 +337,8 @@ def _silent(line: Mapping[str, Any]) -> None:
 
 def _train(run: TrainRun, job: Job, show: Show) -> None:
     if job.separate:
+        # How often Ray Train looks after its workers, and so when it sees that they are done: 2 s of a short trial.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         from pipeline.train import train
 
         train(run, gpus=job.gpus, show=show)
