@@ -102,7 +102,7 @@ class StudySearcher(Searcher):
     def _fail(self, number: int, reason: str, seconds: float | None) -> None:
         self._study.fail(number, reason, seconds)
         self._tell(number, f"failed: {reason}")
-        ended = [trial for trial in self._study.record().trials if trial.state != "running"]
+        ended = [trial for trial in self._study.record(importance=False).trials if trial.state != "running"]
         if len(ended) >= MOST_FAILED and all(trial.state == "failed" for trial in ended):
             self.halted = ValueError(
                 f"the first {len(ended)} trials failed, at last: {reason}; mend that, and start again in another --out"

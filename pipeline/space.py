@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from objdyn.families import family_of
-from pipeline.config import TrainRun, parse_settings, type_of, with_overrides
+from pipeline.config import TrainRun, flatten_settings, parse_settings, type_of, with_overrides
 from pipeline.store import json_bytes
 
 Kind = Literal["log", "uniform", "int", "logint", "choice"]
@@ -211,25 +211,13 @@ def _type(name: str, run: TrainRun) -> Any:
     try:
         return type_of(run, name)
     except ValueError as error:
-        names = fields_of(run)
+        names = list(flatten_settings(dataclasses.asdict(run)))
         last = name.rpartition(".")[2]
         meant = [other for other in names if other.rpartition(".")[2] in (last, LETTERS.get(last.lower()))]
         meant = meant or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
         meant = meant or [n for n in names if difflib.SequenceMatcher(None, n.rpartition(".")[2], last).ratio() > 0.7]
         hint = f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
         raise ValueError(f"--search {name}: {str(error).partition(';')[0]}{hint}") from None
-
-
-def fields_of(run: Any, prefix: str = "") -> list[str]:
-    """The dotted names of all settings of a run."""
-    names = []
-    for field in dataclasses.fields(run):
-        value = getattr(run, field.name)
-        if dataclasses.is_dataclass(value):
-            names += fields_of(value, f"{prefix}{field.name}.")
-        else:
-            names.append(prefix + field.name)
-    return names
 
 
 def _choices(name: str, rest: str, run: TrainRun) -> tuple[Any, ...]:

@@ -27,7 +27,9 @@ LEAST_FOR_IMPORTANCE = 8
 """Complete trials below which no importance is told."""
 PLAN, WANTED, OUT = "plan", "wanted", "out"
 """Attributes of the study: what must not change on a resume, how many trials are wanted, and the sweep's folder."""
-PATHS = ("data", "run data", "run out", "run init", "run perceptual_weights")
+PATHS = (
+    "data", "run data", "run out", "run init", "settings init", "run perceptual_weights", "settings perceptual_weights",
+)  # fmt: skip
 """What of a plan may change: the dataset is compared by its id, and runs compare the rest by checksums."""
 
 
@@ -294,8 +296,9 @@ class SweepStudy:
             study_or_trial=trial,
         )
 
-    def record(self) -> SweepRecord:
-        """Everything that the storage knows of the sweep."""
+    def record(self, *, importance: bool = True) -> SweepRecord:
+        """Everything that the storage knows of the sweep; how much each setting matters only if asked for, since that
+        is computed from all trials."""
         plan = self._study.user_attrs[PLAN]
         return SweepRecord(
             preset=plan["preset"],
@@ -310,7 +313,7 @@ class SweepStudy:
             seeds=plan["seeds"],
             wanted=self._study.user_attrs[WANTED],
             trials=tuple(self._trial_record(trial) for trial in self._study.get_trials(deepcopy=False)),
-            importance=self._importance(),
+            importance=self._importance() if importance else {},
         )
 
     def _trial_record(self, trial: "optuna.trial.FrozenTrial") -> TrialRecord:

@@ -80,11 +80,11 @@ def sweep(run: SweepRun) -> str:
             another one than is resumed, or none.
         OSError: a disk is full, or a folder cannot be written; ``--resume`` goes on.
     """
-    base, job_space, objectives = _prepare(run)
+    base, shared, job_space, objectives = _prepare(run)
     out, location = _places(run)
     run = dataclasses.replace(run, out=out)
     with _only_driver(out):
-        plan = _plan(run, base, job_space, objectives)
+        plan = _plan(run, base, shared, job_space, objectives)
         study = SweepStudy.open(
             location,
             run.study,
@@ -96,7 +96,7 @@ def sweep(run: SweepRun) -> str:
             out=out,
         )
         print(f"sweep folder: {out}\nstorage: {shown(location)}", flush=True)
-        for note in space.notes(job_space, plan["settings"], base, objectives):
+        for note in space.notes(job_space, shared, base, objectives):
             print(note, file=sys.stderr, flush=True)
 
         def write() -> SweepRecord:
@@ -121,8 +121,9 @@ def sweep(run: SweepRun) -> str:
     return _summary(out, record)
 
 
-def _prepare(run: SweepRun) -> tuple[TrainRun, space.Space, tuple[Objective, ...]]:
-    """The run that trials vary, the search space and the objectives, all checked."""
+def _prepare(run: SweepRun) -> tuple[TrainRun, dict[str, Any], space.Space, tuple[Objective, ...]]:
+    """The run that trials vary, the settings in which it differs from its preset, the search space and the objectives,
+    all checked."""
     family, _, name = run.preset.partition("/")
     if name not in PRESETS.get(family, {}):
         names = [f"{family}/{other}" for other in PRESETS.get(family, {})]
@@ -148,7 +149,7 @@ def _prepare(run: SweepRun) -> tuple[TrainRun, space.Space, tuple[Objective, ...
         raise ValueError(f"--min-steps {run.min_steps} is more than the {base.steps} steps of a trial; lower it")
     if both := sorted(found.keys() & shared.keys()):
         raise ValueError(f"{both[0]} is in --search and in --set; leave it out of one")
-    return base, found, _objectives(run, base)
+    return base, shared, found, _objectives(run, base)
 
 
 def _objectives(run: SweepRun, base: TrainRun) -> tuple[Objective, ...]:
@@ -200,11 +201,16 @@ def _places(run: SweepRun) -> tuple[str, str]:
     return out, location
 
 
-def _plan(run: SweepRun, base: TrainRun, found: space.Space, objectives: Sequence[Objective]) -> dict[str, Any]:
-    """What a sweep is: all that must not change while it is under way."""
+def _plan(
+    run: SweepRun,
+    base: TrainRun,
+    shared: Mapping[str, Any],
+    found: space.Space,
+    objectives: Sequence[Objective],
+) -> dict[str, Any]:
+    """What a sweep is: all that must not change while it is under way. JSON."""
     from pipeline.reader import open_source
 
-    shared = parse_settings(run.set, base)
     first = base.eval_every if run.min_steps is None else run.min_steps
     pruned = {"min_steps": first, "reduction": run.reduction or REDUCTION} if run.pruner == "asha" else {}
     plan = {
@@ -302,7 +308,6 @@ def train_trial(config: Mapping[str, Any], job: Job) -> None:
                 path = store.join(folder, f"seed-{index}")
                 resume = store.exists(store.join(path, "config.json"))
                 one = dataclasses.replace(run, out=path, seed=run.seed + index, resume=resume)
-
                 try:
                     _train(one, job, _reporter(one, job.objectives[0].name) if index == 0 else _silent)
                 finally:
@@ -415,7 +420,7 @@ class _Teller:
 
     def __call__(self, number: int, what: str) -> None:
         self._over += 1
-        record = self._study.record()
+        record = self._study.record(importance=False)
         trial, best = record.trials[number], record.best
         over = sum(other.state != "running" for other in record.trials)
         left = (time.monotonic() - self._begun) / self._over * (record.wanted - over)

@@ -302,7 +302,7 @@ def test_another_study_in_the_folder_of_a_sweep_is_refused(tmp_path):
 
 
 def test_what_is_set_is_not_searched_as_ready_made():
-    _, found, _ = tune._prepare(SweepRun("iodine/debug", ready_made=True, set=("model.num_slots=3",)))
+    _, _, found, _ = tune._prepare(SweepRun("iodine/debug", ready_made=True, set=("model.num_slots=3",)))
     assert "model.num_slots" not in found
     assert "model.kl_weight" in found
 
@@ -312,7 +312,7 @@ def test_the_example_of_the_readme_is_one_that_works(repository):
     line = text.partition("jobs/sweep.py ")[2].partition("\npython")[0].replace("\\\n", " ")
     line = line.replace("~/data/road", "sim:balls-interaction").replace("~/sweeps", "/nowhere")
     run = cli.parse(SweepRun, line.split(), description="", positional=True)
-    base, found, objectives = tune._prepare(run)
+    base, _, found, objectives = tune._prepare(run)
     assert base.steps == 1200
     assert len(found) == 3
     assert [objective.name for objective in objectives] == ["recon_psnr", "step_seconds"]
