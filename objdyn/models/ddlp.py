@@ -90,8 +90,10 @@ class DDLPConfig(DLPConfig):
     frozen_inference: bool = False
     """Not in the paper: training infers the particles without gradients and teaches PINT alone, by the dynamic KL of
     all frames after the burn-in with weight 1; nothing is decoded, and ``warmup_steps`` and ``noisy_steps`` are passed
-    over. Beside latents that still move, PINT did not learn to predict in short runs; on frozen ones, which allow
-    larger batches, it does. The loss on held-out clips keeps all terms.
+    over. Beside latents that still move, PINT did not learn to predict in short runs; a *fresh* one did from stored
+    latents, in 1,400 steps of 32 clips (``LOG.md``). So hold PINT as it was drawn until then, with
+    ``optim.slow="pint."`` and ``optim.slow_factor=1e-9``: a long ramp alone does not, since Adam makes full steps of
+    the smallest gradients. The loss on held-out clips keeps all terms.
 
     All other gradients are zero. A run that starts from another (``--init``) has a fresh Adam, and leaves the other
     weights exactly as they are. In a stage that follows others Adam would move them on by its averages: with
