@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := setup
-.PHONY: setup quickstart test check lint types format lock
+.PHONY: setup quickstart test chaos check lint types format lock
 
 setup: $(STAMP)
 
@@ -20,6 +20,10 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q $(ARGS)
+
+# Kills, fills, cuts off and starves the stages in earnest, and prints what survived: half an hour.
+chaos: $(STAMP)
+	$(BIN)/python -m pytest -q -m chaos tests/chaos $(ARGS)
 
 check: lint types test
 

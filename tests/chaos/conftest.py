@@ -1,0 +1,73 @@
+"""Figures of the promises about faults: what was injected, what survived, what was silently wrong, how long it took.
+
+    make chaos                            every row, with a seed that is drawn and printed
+    make chaos CHAOS_SEED=7               the same again
+    make chaos ARGS="-k spot"             some of it
+
+A test marked ``chaos`` stands for one fault of a row. It asks the fixture ``fault`` to count:
+
+    @pytest.mark.chaos
+    def test_...(fault):
+        count = fault("kill -9 of a train worker")
+        ...
+        count.injected += 1
+        ...                               # looks whether the run went on
+        count.recovered(seconds)
+        ...                               # compares with the undisturbed run
+        count.wrong += 1                  # somebody would have believed it
+
+The table at the end has a line per name. What was injected and not recovered fails the test by an assertion of its own.
+"""
+
+import dataclasses
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+@dataclasses.dataclass
+class Count:
+    """Figures of one fault, over all tests that inject it."""
+
+    injected: int = 0
+    survived: int = 0
+    wrong: int = 0
+    """Silently: a reader took for good what the undisturbed run would not have given."""
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    """From each fault to the moment at which the work went on."""
+
+    def recovered(self, seconds: float | None = None, faults: int = 1) -> None:
+        """Count faults after which the work went on, and how long that took where it was measured."""
+        self.survived += faults
+        self.seconds += [] if seconds is None else [seconds]
+
+
+SEED = int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(10**6))
+_COUNTS: dict[str, Count] = {}
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not _COUNTS:
+        return
+    line = "{:52} {:>8} {:>8} {:>14} {:>20}"
+    terminalreporter.section(f"faults, CHAOS_SEED={SEED}")
+    terminalreporter.write_line(line.format("fault", "injected", "survived", "silently wrong", "seconds to recover"))
+    for name, count in _COUNTS.items():
+        low, high = min(count.seconds, default=0.0), max(count.seconds, default=0.0)
+        times = f"{low:.1f} to {high:.1f}" if count.seconds else "-"
+        terminalreporter.write_line(line.format(name, count.injected, count.survived, count.wrong, times))
+
+
+@pytest.fixture
+def fault() -> Callable[[str], Count]:
+    """Gives the figures of a fault by its name."""
+    return lambda name: _COUNTS.setdefault(name, Count())
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """Decides where faults fall: the same in every run with the same seed."""
+    return random.Random(f"{SEED}/{request.node.name}")
