@@ -2,6 +2,8 @@
 PY ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Processes that share the tests; each takes one thread of torch.
+JOBS ?= 2
 
 .DEFAULT_GOAL := setup
 .PHONY: setup quickstart test chaos check lint types format lock
@@ -19,7 +21,7 @@ quickstart: $(STAMP)
 	$(BIN)/python jobs/quickstart.py $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadgroup $(ARGS)
 
 # Kills, fills, cuts off and starves the stages in earnest, and prints what survived: half an hour.
 chaos: $(STAMP)
