@@ -114,6 +114,7 @@ class Arm(NamedTuple):
         return self.amount / self.seconds
 
 
+@store.job
 def benchmark(run: BenchmarkRun) -> str:
     """Measure the parts of a run, publish the numbers as JSON after each part, and return the table.
 

@@ -323,8 +323,13 @@ def _reshaped(weights: Weights, model: nn.Module) -> str:
 
 
 def config_to_json(config: Any) -> dict[str, Any]:
-    """Turn a config (frozen dataclass, possibly nested) into what JSON can hold; tuples become lists."""
-    return json.loads(store.json_bytes(dataclasses.asdict(config)))
+    """Turn a config (frozen dataclass, possibly nested) into what JSON can hold; tuples become lists.
+
+    How a run reaches object storage is left out: it belongs to a machine, and changes nothing.
+    """
+    fields = dataclasses.asdict(config)
+    fields.pop("storage", None)
+    return json.loads(store.json_bytes(fields))
 
 
 def config_from_json(cls: type, fields: Mapping[str, Any]) -> Any:

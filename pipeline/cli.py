@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 DEBUG = "--debug"
 CONFIG = "--config"
+ENDPOINT = "--storage.endpoint-url"
 
 
 def main(
@@ -87,9 +88,13 @@ def parse(
     )
     words, path = _without_config(words)
     if path is not None:
+        from pipeline import store
+        from pipeline.config import StorageConfig
+
         if words and not words[0].startswith("-"):
             _refuse(f"{CONFIG} stands in the place of a preset, and {words[0]!r} is given, too; choose one")
-        run = _stored_run(path, config)
+        with store.using(StorageConfig(endpoint_url=_value_of(ENDPOINT, words))):
+            run = _stored_run(path, config)
         prog, description = f"{sys.argv[0]} {CONFIG} {path}", f"The settings of {path}.\n\n{description}"
         return tyro.cli(type(run), args=words, default=run, prog=prog, description=description, config=flat)
     if words and words[0] in config:
@@ -148,6 +153,15 @@ def _without_config(words: Sequence[str]) -> tuple[list[str], str | None]:
     if len(found) > 1:
         _refuse(f"{CONFIG} is given {len(found)} times; choose one")
     return rest, found[0] if found else None
+
+
+def _value_of(flag: str, words: Sequence[str]) -> str:
+    """What a command line gives for a flag; empty if nothing."""
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            return value if equals else "".join(words[i + 1 : i + 2])
+    return ""
 
 
 def _stored_run(path: str, presets: Mapping[str, tuple[str, Any]]) -> Any:

@@ -16,7 +16,11 @@ OBJECT_STORE_BYTES = 512 << 20
 PROBE_SECONDS = 60.0
 """How long a node may take to read a probe file."""
 
-_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+_OUR_VARIABLES = (store.SETTINGS, store.PROVED)
+_ENDPOINT_VARIABLES = (
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS", *_OUR_VARIABLES
+)  # fmt: skip
+"""Credentials are none of them: Ray shows the variables of a job to everybody who may look at the cluster."""
 
 
 def connect(num_cpus: int | None = None) -> None:
@@ -80,8 +84,10 @@ def _join() -> None:
     import ray
     from ray.exceptions import AuthenticationError
 
-    # A submitted job's workers get their environment from the job; another driver's would not know the endpoint.
-    given = {} if store.in_submitted_job() else {n: os.environ[n] for n in _ENDPOINT_VARIABLES if n in os.environ}
+    # A submitted job's workers get their environment from the job, but not what its flags say; another driver's would
+    # not know the endpoint.
+    names = _OUR_VARIABLES if store.in_submitted_job() else _ENDPOINT_VARIABLES
+    given = {name: os.environ[name] for name in names if name in os.environ}
     try:
         ray.init(
             address=os.environ.get("RAY_ADDRESS") or "auto",

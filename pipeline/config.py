@@ -26,11 +26,33 @@ from objdyn.models.provide import PROVIDEConfig
 from objdyn.models.ssm import SSMConfig
 from objdyn.models.what_if import Edit
 from objdyn.questions.generator import GeneratorConfig
+from pipeline import store
 
 if TYPE_CHECKING:
     from objdyn.datasets.preprocessing import Preprocessing
 
 ModelConfig = DDLPConfig | DLPConfig | IODINEConfig | PROVIDEConfig | ODDNConfig | SSMConfig | EDLSTMConfig
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """How s3:// paths are reached. Credentials and the region are no settings: they come from the standard variables
+    (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_DEFAULT_REGION, ...) or the machine's role, and are written nowhere."""
+
+    endpoint_url: str = ""
+    """URL of the store behind s3:// paths, as http://HOST:PORT; empty takes AWS_ENDPOINT_URL, or else Amazon's."""
+    attempts: int | None = None
+    """Most tries of each request, with waits between that grow; None takes AWS_MAX_ATTEMPTS, or else 8."""
+    timeout: float | None = None
+    """Seconds that the store may be silent during a try; None is 30."""
+
+    def __post_init__(self) -> None:
+        if self.endpoint_url:
+            store.check_endpoint(self.endpoint_url, "storage.endpoint_url")
+        if self.attempts is not None and self.attempts < 1:
+            raise ValueError(f"storage.attempts must be at least 1, got {self.attempts}")
+        if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise ValueError(f"storage.timeout must be positive, got {self.timeout}")
 
 
 @dataclass(frozen=True)
@@ -288,6 +310,8 @@ class TrainRun:
     perceptual_weights: tuple[str, ...] = ()
     """File with the weights of VGG16, local or s3://, that model.recon_loss=vgg needs; jobs/fetch_weights.py makes it.
     Its trunk alone is used; their checksum goes into the run."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "clip_frames", "workers", "log_every", "eval_clips", "checkpoint_every", "keep_last"):
@@ -408,6 +432,8 @@ class ExtractRun:
     edits: str = ""
     """JSON file, local or s3://, with a list of what-if edits (ddlp): rows with the edit's name, of each edited clip.
     An entry is {"name": ..., "select": "cluster:0.1,0.2", "move": [0.2, 0]}; "clip" makes it one clip's."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -499,6 +525,8 @@ class WhatIfRun:
     """Which files to write: what-if.mp4, what-if.gif, what-if.png (some frames in one picture)."""
     fps: float = 10.0
     """Frames per second of the film."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     @property
     def edit(self) -> Edit:
@@ -567,6 +595,8 @@ class EvaluateRun:
     perceptual_weights: tuple[str, ...] = ()
     """Files with the weights of LPIPS, local or s3://, as jobs/fetch_weights.py writes them: of VGG16 for lpips, of
     AlexNet for lpips_alex. Without them there is no LPIPS. Trunk and heads may be two files."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -610,7 +640,7 @@ class QuickstartRun:
     """The whole road on simulated videos: mp4 files, shards, training, tables, evaluation, report."""
 
     out: str = ""
-    """Local folder, empty or not there yet; empty takes the next free number under ./quickstart-out."""
+    """Folder or s3:// URL, empty or not there yet; left out, it is the next free number under ./quickstart-out."""
     preset: str = "quickstart"
     """Preset of ``train_ddlp.py`` that is trained."""
     steps: int | None = None
@@ -631,6 +661,8 @@ class QuickstartRun:
     """Frames predicted after them."""
     promise_db: float = 6.0
     """Least gain of the reconstruction over the constant background, in dB of PSNR."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         for name in ("train_videos", "val_videos", "test_videos", "frames", "context", "horizon"):
@@ -734,6 +766,8 @@ class ShardRun:
     """CPU seconds that decoding one video may take in all."""
     stall_seconds: float = 60.0
     """Seconds that a decoder may go without giving a frame, not counting those that storage takes."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.split):
@@ -871,6 +905,8 @@ class SimulateRun:
     by make_questions.py."""
     workers: int | None = None
     """CPU slots of a Ray started by this job; None takes every core, or the cluster that is there."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         if self.videos < 1 or (self.workers is not None and self.workers < 1):
@@ -926,6 +962,8 @@ class Hdf5Run:
     """Videos in the group validation."""
     test: int = 10_000
     """Videos in the group test."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         if not self.source.startswith("sim:"):
@@ -947,6 +985,8 @@ class ReadQuestionsRun:
     """Question file or s3:// URL: train.json, validation.json, test.json or one of that form."""
     out: str
     """Parquet file or s3:// URL to write; an earlier one is replaced. FILE.quarantine.parquet is written beside it."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         if not self.out.endswith(".parquet"):
@@ -965,6 +1005,8 @@ class MakeQuestionsRun:
     """Which of its splits."""
     questions: GeneratorConfig = field(default_factory=GeneratorConfig)
     """How many, and in which form."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         if not self.out.endswith(".json"):
@@ -981,6 +1023,8 @@ class VerifyRun:
     """Remove what no manifest names: temporary files of killed jobs, shards and parts that nothing lists."""
     min_age: float = 180.0
     """Minutes since a file's last change before ``clean`` removes it: a job that still runs writes younger ones."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         if not self.min_age >= 0:
@@ -1006,6 +1050,8 @@ class ExportRun:
     columns: tuple[str, ...] = ()
     """Latents (position, which joins position_y and position_x) or single columns (position_y) to export; none given
     takes all, or with --no-tensor those of objects/."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         if not self.out.endswith(".parquet"):
@@ -1038,6 +1084,8 @@ class DoctorRun:
     """Run a step of the preset on one or two clips to measure its memory and time."""
     perceptual_weights: tuple[str, ...] = ()
     """File with the weights of VGG16, for presets that train with them; without it their steps are tried without."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         for name in ("frames", "stride"):
@@ -1102,13 +1150,15 @@ class SweepRun:
     """GPUs of each worker, of which 0.5 is half of one; None is one where the cluster has any, 0 trains on CPUs."""
     threads: int | None = None
     """Torch threads of each worker on a CPU; None shares the machine's cores among the trials."""
-    storage: str = ""
+    study_storage: str = ""
     """Where Optuna keeps the sweep: a file that ends in .db or .journal, or the URL of a database. Empty is study.db in
     the sweep's folder."""
     study: str = "sweep"
     """Name of the study, for a storage that holds several."""
     resume: bool = False
     """Go on with the sweep in --out until it has --trials."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "max_concurrent", "workers"):
@@ -1164,6 +1214,8 @@ class BenchmarkRun:
     """Where the model runs."""
     scratch: str = ""
     """Folder for generated data, removed at the end; every node must see it. Empty takes the temporary one."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
     def __post_init__(self) -> None:
         if unknown := [part for part in self.parts if part not in BENCHMARK_PARTS]:
@@ -1263,6 +1315,8 @@ class FetchWeightsRun:
     heads: str = ""
     """Official file of LPIPS 0.1 (vgg.pth, alex.pth) that is here already, or safetensors; empty takes torchmetrics' or
     downloads it."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Object storage, wherever a path is s3://."""
 
 
 def torch_device(name: str, workers: int = 1) -> torch.device:

@@ -99,6 +99,7 @@ VIDEO_FORMATS = (
 )
 
 
+@store.job
 def doctor(run: DoctorRun) -> str:
     """Print a line per finding and return the summary.
 
@@ -362,8 +363,8 @@ def check_out(case: Case) -> Iterator[Finding]:
     except Exception as error:  # of any type: object storage has its own
         remedy = "make it writable for this user, or choose another --out"
         if store.is_url(folder):
-            remedy = "check that the bucket exists, AWS_ENDPOINT_URL, and that AWS_ACCESS_KEY_ID and "
-            remedy += "AWS_SECRET_ACCESS_KEY may put, get, list and delete there"
+            remedy = "check that the bucket exists, --storage.endpoint-url or AWS_ENDPOINT_URL, and that "
+            remedy += "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY may put, get, list and delete there"
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "free some space there, or choose another --out"
         elif isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EOPNOTSUPP):

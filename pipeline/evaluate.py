@@ -125,6 +125,7 @@ class Choice(NamedTuple):
     """``worst, 1st of 200`` for example; the best are counted from the best, all others from the worst."""
 
 
+@store.job_into_folder
 def evaluate(run: EvaluateRun) -> dict[str, Any]:
     """Evaluate a checkpoint, publish ``metrics.json`` and ``report.html`` in ``run.out``, return the metrics.
 

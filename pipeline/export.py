@@ -29,6 +29,7 @@ INNER_AXES = {0: (), 1: ("component",), 2: ("row", "column"), 3: ("row", "column
 _CACHE_GB = 0.5
 
 
+@store.job
 def export(run: "ExportRun") -> str:
     """Write the file of a run; an earlier one stays until the new one is complete.
 

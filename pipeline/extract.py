@@ -61,7 +61,7 @@ from objdyn.models.dlp import Particles
 from objdyn.models.what_if import Edit, Edited
 from pipeline import cluster, segments, store, tables
 from pipeline.checkpoint import load_model, load_weights
-from pipeline.config import ExtractRun, parse_model_settings, recorded_model_settings
+from pipeline.config import ExtractRun, StorageConfig, parse_model_settings, recorded_model_settings
 from pipeline.reader import Source, open_source
 from pipeline.tables import Block, Provenance
 
@@ -102,6 +102,7 @@ class Job:
     edits: tuple[Edit, ...] = ()
     clip: str | None = None
     """The only clip, of a what-if; None takes those of the parts."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -146,6 +147,7 @@ class EditNote(NamedTuple):
     """Whether it has no future; otherwise it has one that may not be worth much."""
 
 
+@store.job_into_folder
 def extract(run: ExtractRun) -> str:
     """Write the tables of a run; parts that an earlier run with the same settings finished are kept.
 
@@ -290,9 +292,10 @@ class Extractor:
         part = Part(str(batch["name"][0]), int(batch["shard"][0]), int(batch["clips"][0]))
         error = ""
         try:
-            if self.loaded is None:
-                self.loaded = self._load()
-            extract_part(*self.loaded, self.job, part)
+            with store.using(self.job.storage):
+                if self.loaded is None:
+                    self.loaded = self._load()
+                extract_part(*self.loaded, self.job, part)
         except Exception as exception:  # any failure concerns this part alone, and the driver reports it
             error = f"{type(exception).__name__}: {' '.join(str(exception).split())}"
         return {"name": [part.name], "clips": [part.clips], "error": [error]}
@@ -398,6 +401,7 @@ def plan(run: ExtractRun, out: str, *, edits: Sequence[Edit] = (), clip: str | N
         run.sample_seed,
         edits,
         clip,
+        run.storage,
     )
     return job, parts
 

@@ -15,6 +15,7 @@ BLOCK = 50
 """Videos that are simulated together."""
 
 
+@store.job
 def write_hdf5(run: Hdf5Run) -> str:
     """Write the first videos of each split; the file appears when it is complete.
 

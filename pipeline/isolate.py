@@ -22,6 +22,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
+from pipeline import store
+
 START_SECONDS = 600.0
 """How long a child may take to import what it needs, on a machine that is busy."""
 STORAGE_SECONDS = 3600.0
@@ -216,9 +218,9 @@ def main() -> None:
     import av  # noqa: F401  # before the limits, see shard._guarded
 
     from pipeline import shard
-    from pipeline.config import ShardRun
+    from pipeline.config import ShardRun, StorageConfig
 
-    run = ShardRun(**request["run"])
+    run = ShardRun(**{**request["run"], "storage": StorageConfig(**request["run"]["storage"])})
     with os.fdopen(os.dup(1), "wb") as answer:
         _mark = os.dup(2)  # a file of the parent's, who reads complaints of the start only
         # Decoders may print whatever they like, as much as they like.
@@ -233,6 +235,7 @@ def main() -> None:
     os._exit(0)  # a library that hangs or crashes while it is unloaded has given its answer already
 
 
+@store.job
 def _do(run: Any, request: dict[str, str], task: Any) -> dict[str, Any]:
     try:
         with guarded(run.stall_seconds, run.max_memory_gb):

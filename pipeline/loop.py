@@ -79,6 +79,7 @@ class Worker:
     """Called on worker 0 with each line of metrics."""
 
 
+@store.job_into_folder
 def open_run(run: TrainRun) -> TrainRun:
     """Create the run folder with its ``config.json``, or check that the run in it may be continued.
 
@@ -143,6 +144,7 @@ def resolve_paths(run: TrainRun) -> TrainRun:
     )
 
 
+@store.job
 def train(run: TrainRun, worker: Worker | None = None) -> str:
     """Train until ``run.steps`` and return the path of the last checkpoint.
 
@@ -1008,17 +1010,20 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--perceptual-weights", nargs="+", metavar="FILE", help="for model.recon_loss=vgg")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--storage.endpoint-url", metavar="URL", help="of the store behind s3:// paths")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any setting, optim.lr=3e-4")
     arguments = parser.parse_args(words)
     given = {name: getattr(arguments, name) for name in ("data", "out", "steps", "seed")}
     overrides = {name: value for name, value in given.items() if value is not None}
     overrides |= {"perceptual_weights": tuple(arguments.perceptual_weights)} if arguments.perceptual_weights else {}
+    if url := vars(arguments)["storage.endpoint_url"]:
+        overrides["storage.endpoint_url"] = url
     try:
         preset = names[arguments.preset]
         overrides |= {"resume": arguments.resume} | parse_settings(arguments.set, preset)
         run = open_run(with_overrides(preset, overrides))
         print(f"run folder: {run.out}", file=sys.stderr)
-        with progress_of(run) as progress:
+        with store.using(run.storage), progress_of(run) as progress:
             print(train(run, Worker(show=progress.show)))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -126,6 +126,7 @@ class Found(NamedTuple):
     drawn: list[Drawn]
 
 
+@store.job_into_folder
 def object_dynamics_protocol(run: EvaluateRun) -> str:
     """Measure ``run.checkpoint`` and those of ``run.compare``, publish the results in ``run.out``, return the tables.
 

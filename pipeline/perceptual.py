@@ -222,6 +222,7 @@ def note_on(distance: Distance | None) -> str:
 # ---- fetching ----------------------------------------------------------------------------------------------------
 
 
+@store.job
 def fetch_weights(
     run: "FetchWeightsRun",
     load: Callable[[BinaryIO], Mapping[str, Tensor]],

@@ -181,6 +181,7 @@ class Videos(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+@store.job_into_folder
 def bouncing_balls_protocol(run: EvaluateRun) -> str:
     """Evaluate a checkpoint by the protocol, publish ``protocol.json`` in ``run.out``, return the tables as text.
 

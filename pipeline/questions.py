@@ -44,6 +44,7 @@ NOTES = 20
 """Faults that are printed; all are in the quarantine."""
 
 
+@store.job
 def read_questions(run: "ReadQuestionsRun") -> str:
     """Write a question file as a table, and the faults of its questions beside it; print what was counted.
 
@@ -77,6 +78,7 @@ def read_questions(run: "ReadQuestionsRun") -> str:
     return f"{table.num_rows:,} rows of {len(read.videos):,} videos, {published.size:,} bytes: {out}"
 
 
+@store.job
 def ask(run: "MakeQuestionsRun") -> str:
     """Ask questions about the videos of a folder that ``simulate_clevrer.py`` wrote; see :func:`make_questions`.
 

@@ -9,6 +9,7 @@ Every stage is a call of the function that its job calls, and prints that job's 
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ STAGES = 5
 FOLDER = "quickstart-out"
 
 
+@store.job_into_folder
 def quickstart(run: QuickstartRun) -> str:
     """Simulate, shard, train, extract and evaluate into one folder.
 
@@ -34,7 +36,7 @@ def quickstart(run: QuickstartRun) -> str:
         The line with the report's absolute path.
 
     Raises:
-        ValueError: the folder is in use or remote, or the reconstruction misses ``promise_db``.
+        ValueError: the folder is in use, or the reconstruction misses ``promise_db``.
     """
     from pipeline.evaluate import evaluate
     from pipeline.extract import extract
@@ -47,19 +49,19 @@ def quickstart(run: QuickstartRun) -> str:
         raise ValueError(f"unknown preset {run.preset!r}; choose from {', '.join(presets)}")
     out = _new_folder(run.out)
     videos, data, folder, tables, report = (
-        os.path.join(out, name) for name in ("videos", "data", "run", "tables", "report")
+        store.join(out, name) for name in ("videos", "data", "run", "tables", "report")
     )
 
     workers = min(2, os.cpu_count() or 1)  # two with a thread each are faster than one with two
     cluster.connect(workers + 1)  # once for all stages; Ray Train wants a slot beside its workers'
     with _stage(1, f"simulate {run.train_videos} + {run.val_videos} videos of bouncing balls into {videos}"):
         for split, count in (("train", run.train_videos), ("val", run.val_videos)):
-            write_videos(os.path.join(videos, split), split, count, run.frames)
+            write_videos(store.join(videos, split), split, count, run.frames)
 
     with _stage(2, "cut videos into clips and shards"):
-        shards = ShardRun(source="", out=data, frames=run.frames)
+        shards = ShardRun(source="", out=data, frames=run.frames, storage=run.storage)
         for split in ("train", "val"):
-            files = replace(shards, source=os.path.join(videos, split), split=split)
+            files = replace(shards, source=store.join(videos, split), split=split)
             _say(shard, "make_shards.py", files)
         # One clip per episode: the first frames, as in the videos.
         hop = SIMULATORS[SIMULATOR].num_frames
@@ -68,27 +70,30 @@ def quickstart(run: QuickstartRun) -> str:
 
     with _stage(3, "train DDLP"):
         preset = presets[run.preset]
-        training = replace(
-            preset, data=data, out=folder, seed=run.seed, steps=run.steps or preset.steps, workers=workers
-        )
+        steps = run.steps or preset.steps
+        training = replace(preset, data=data, out=folder, seed=run.seed, steps=steps, workers=workers)
+        training = replace(training, storage=run.storage)
         print(f"$ {command('jobs/train_ddlp.py', training, preset=run.preset, default=preset)}", flush=True)
         train(training)
 
-    seen = {"checkpoint": folder, "data": data, "context": run.context, "horizon": run.horizon}
+    seen = {"checkpoint": folder, "data": data, "context": run.context, "horizon": run.horizon, "storage": run.storage}
     with _stage(4, "extract tables of object latents and predicted futures"):
         _say(extract, "extract.py", ExtractRun(**seen, out=tables))
     with _stage(5, "evaluate beside trivial baselines, and report"):
         measured = _say(evaluate, "evaluate.py", EvaluateRun(**seen, out=report))
-        _check_promise(measured, run.promise_db, os.path.join(report, "report.html"))
-    return f"report: {os.path.join(report, 'report.html')}"
+        _check_promise(measured, run.promise_db, store.join(report, "report.html"))
+    return f"report: {store.join(report, 'report.html')}"
 
 
 def write_videos(folder: str, split: str, count: int, frames: int) -> None:
     """Write the first episodes of a simulated split as mp4 files."""
-    os.makedirs(folder)
     for episode in SIMULATORS[SIMULATOR].episodes(split, 0, count, None):
         clip = episode.clip(0, frames)
-        write_mp4(os.path.join(folder, f"{clip.key}.mp4"), clip.frames, clip.fps)
+        with tempfile.TemporaryDirectory(prefix="objdyn-") as scratch:
+            path = os.path.join(scratch, "video.mp4")
+            write_mp4(path, clip.frames, clip.fps)
+            with open(path, "rb") as file:
+                store.publish(store.join(folder, f"{clip.key}.mp4"), file.read())
 
 
 def write_mp4(path: str, frames: np.ndarray, fps: float) -> None:
@@ -106,12 +111,9 @@ def write_mp4(path: str, frames: np.ndarray, fps: float) -> None:
 
 
 def _new_folder(out: str) -> str:
-    if store.is_url(out):
-        raise ValueError(f"--out={out}: the quickstart writes video files and needs a local folder")
     if out:
         folder = store.resolve(out, "--out")
-        os.makedirs(folder, exist_ok=True)
-        if os.listdir(folder):
+        if store.list_names(folder):
             raise ValueError(f"--out={folder} already holds files; name an empty folder or one that does not exist")
         return folder
     parent = store.resolve(FOLDER, "--out")

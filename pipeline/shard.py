@@ -130,6 +130,7 @@ class Built:
     quarantined: list[Quarantined] = field(default_factory=list)
 
 
+@store.job_into_folder
 def shard(run: ShardRun) -> str:
     """Make one split of a dataset; started again on a finished one it mends what is missing or damaged.
 
@@ -453,6 +454,7 @@ class _SourceFile(io.RawIOBase):
         super().close()
 
 
+@store.job
 def _guarded(run: ShardRun, task: Callable[[str], str], item: str) -> str:
     """Do a task under the limits that are the process's."""
     import av  # noqa: F401  # its libraries are none of a video's memory, and their loading none of its time

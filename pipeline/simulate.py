@@ -51,6 +51,7 @@ class Made(NamedTuple):
     """Of a tower: ``stand`` or ``fall``."""
 
 
+@store.job_into_folder
 def simulate(run: SimulateRun) -> str:
     """Make the videos that are not there yet.
 
@@ -156,6 +157,7 @@ def _finished(run: SimulateRun, folder: str, index: int) -> Made | None:
     return made if whole and proposed else None
 
 
+@store.job
 def _make(run: SimulateRun, folder: str, item: str) -> str:
     """Make one video and return its ``Made`` (JSON). This is the body of a Ray task."""
     import zstandard

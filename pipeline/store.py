@@ -4,28 +4,47 @@ On disk: a hidden temporary name in the same folder, fsync, rename, fsync of the
 large files), which stays invisible until it is complete. Nothing here, and nothing above it, edits a file in place.
 
 A DIR is a string everywhere: an absolute local path or ``s3://bucket/prefix``. S3 takes its endpoint, keys and region
-from the standard variables (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...) or the machine's role.
+from the standard variables (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...) or the machine's role. A run's settings
+``storage``, which hold no credentials, travel in an environment variable of ours to every process that a job starts.
 """
 
 import contextlib
+import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
-import time
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, ParamSpec, TypeVar, cast
 
 from pipeline import failpoints
+
+if TYPE_CHECKING:
+    from pipeline.config import StorageConfig
 
 SEAL = "checksum"
 """Field of a JSON file that holds the SHA-256 of the rest of it: nothing stands above a manifest to vouch for it."""
 
+SETTINGS = "OBJDYN_STORAGE"
+"""Environment variable with the storage settings of the job that this process belongs to, as JSON."""
+PROVED = "OBJDYN_STORAGE_PROVED"
+"""Environment variable with the stores and buckets in which that job has seen ``create`` keep its promise, as JSON."""
+ATTEMPTS = 8
+"""Tries of each request to object storage, unless settings or ``AWS_MAX_ATTEMPTS`` say otherwise."""
+TIMEOUT = 30.0
+"""Seconds that the store may be silent during a try, unless settings say otherwise."""
+WRITER = "objdyn-writer"
+"""Name in an object's metadata that tells which call wrote it."""
+
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _CHUNK = 1 << 20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -90,12 +109,108 @@ def resolve(path: str, flag: str) -> str:
     return os.path.abspath(path)
 
 
-def filesystem() -> Any:
-    """Return the s3fs file system behind every s3:// path here."""
-    import s3fs
+def check_endpoint(url: str, name: str) -> None:
+    """Refuse an endpoint that is no http(s) URL, or that carries a password, which would get into logs.
 
-    # Listings must be fresh: other processes publish into the same folders.
-    return s3fs.S3FileSystem(use_listings_cache=False)
+    Raises:
+        ValueError: it is refused; the message leaves the password out.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # a port that is no number
+        parts, good = None, False
+    if "@" in url:
+        raise ValueError(
+            f"{name} carries credentials in front of an @; leave them out and set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
+        )
+    if parts is None or not good or parts.query or parts.fragment:
+        raise ValueError(f"{name} must be the store's URL, as https://HOST or http://HOST:PORT, got {url!r}")
+
+
+@contextlib.contextmanager
+def using(storage: "StorageConfig") -> Iterator[None]:
+    """Reach object storage as a run says, in this process and those that it starts meanwhile.
+
+    What ``storage`` leaves open stays as it is around: the stages of a job need not repeat it.
+    """
+    given = {name: value for name, value in dataclasses.asdict(storage).items() if value not in (None, "")}
+    before = os.environ.get(SETTINGS)
+    if given:
+        os.environ[SETTINGS] = json.dumps({**_settings(), **given})
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(SETTINGS, None)
+        else:
+            os.environ[SETTINGS] = before
+
+
+_Given = ParamSpec("_Given")
+_Answer = TypeVar("_Answer")
+
+
+def job(function: Callable[_Given, _Answer]) -> Callable[_Given, _Answer]:
+    """Let a function whose first argument is a run reach object storage as ``run.storage`` says."""
+
+    @functools.wraps(function)
+    def wrapped(*given: _Given.args, **named: _Given.kwargs) -> _Answer:
+        with using(cast(Any, given[0]).storage):
+            return function(*given, **named)
+
+    return wrapped
+
+
+def job_into_folder(function: Callable[_Given, _Answer]) -> Callable[_Given, _Answer]:
+    """Like ``job`` for a run whose ``out`` is a folder, which must keep the promise of ``create``."""
+
+    @job
+    @functools.wraps(function)
+    def wrapped(*given: _Given.args, **named: _Given.kwargs) -> _Answer:
+        require_create(cast(Any, given[0]).out)
+        return function(*given, **named)
+
+    return wrapped
+
+
+def _settings() -> dict[str, Any]:
+    return json.loads(os.environ.get(SETTINGS, "{}"))
+
+
+def endpoint() -> str:
+    """URL of the store behind s3:// paths; empty for Amazon's own.
+
+    Raises:
+        ValueError: a variable holds something else, see ``check_endpoint``.
+    """
+    for name in _ENDPOINTS:
+        if url := os.environ.get(name, ""):
+            check_endpoint(url, name)
+    found = [os.environ.get(name, "") for name in _ENDPOINTS]
+    return next(filter(None, [_settings().get("endpoint_url", ""), *found]), "")
+
+
+def filesystem() -> Any:
+    """Return the s3fs file system behind every s3:// path here; its errors name path and answer, see ``s3.Storage``.
+
+    Raises:
+        ValueError: an environment variable that says how to reach the store makes no sense.
+    """
+    from pipeline import s3
+
+    settings = _settings()
+    attempts = settings.get("attempts") or os.environ.get("AWS_MAX_ATTEMPTS") or ATTEMPTS
+    if not (isinstance(attempts, int) or attempts.isdecimal()) or int(attempts) < 1:
+        raise ValueError(f"AWS_MAX_ATTEMPTS must be a whole number, at least 1, got {attempts!r}")
+    return s3.open_filesystem(endpoint() or None, int(attempts), settings.get("timeout", TIMEOUT))
+
+
+def retries() -> int:
+    """How many requests to object storage this process has had to make again."""
+    # Not imported for this: without it there has been no request.
+    return sys.modules["pipeline.s3"].retries() if "pipeline.s3" in sys.modules else 0
 
 
 def is_temporary(name: str) -> bool:
@@ -187,7 +302,7 @@ def publish_file(path: str, writer: Callable[[BinaryIO], object]) -> Published:
             with naming(temporary):
                 published = _write(temporary, writer)
             failpoints.reach("publish", path)
-            filesystem().put_file(temporary, path)
+            _upload(temporary, path)
         failpoints.reach("published", path)
         return published
     with _replacing(path) as temporary:
@@ -197,7 +312,8 @@ def publish_file(path: str, writer: Callable[[BinaryIO], object]) -> Published:
 def create(path: str, data: bytes) -> bool:
     """Write a file only if none of that name is there; of several writers exactly one gets True.
 
-    On S3 this is a conditional put (``If-None-Match``), which the store must support.
+    On S3 this is a conditional put (``If-None-Match``), which the store must support, see ``require_create``. A writer
+    whose put succeeded is told so also where the answer was lost and the put, made again, was refused.
     """
     failpoints.reach("create", path)
     if is_url(path):
@@ -220,11 +336,40 @@ def create(path: str, data: bytes) -> bool:
             os.unlink(temporary)
 
 
+def require_create(folder: str) -> None:
+    """Refuse a folder on a store that ignores the condition of ``create``; once per job, store and bucket.
+
+    A job calls this before it works; it costs five small requests. Local folders need no test.
+
+    Raises:
+        ValueError: the store ignores the condition.
+        OSError: the folder cannot be written.
+    """
+    if not is_url(folder):
+        return
+    place = f"{endpoint()} {folder.partition('://')[2].partition('/')[0]}"
+    proved = json.loads(os.environ.get(PROVED, "[]"))
+    if place in proved:
+        return
+    try:
+        kept = supports_create(folder, writers=0)
+    except OSError as error:
+        error.filename = folder  # and not that of a probe
+        raise
+    if not kept:
+        raise ValueError(
+            f"{folder} is on a store ({endpoint() or 'Amazon S3'}) that ignores the condition If-None-Match, so that "
+            "two jobs on one folder would mix what they write; use a store that honours it (Amazon S3, MinIO, Ceph), "
+            "or a local folder"
+        )
+    os.environ[PROVED] = json.dumps([*proved, place])
+
+
 def supports_create(folder: str, writers: int = 8) -> bool:
     """Tell whether ``create`` keeps its promise in a folder that is there; leaves nothing behind.
 
     A second writer must lose and change nothing, and of several at once one must win: some stores take a conditional
-    put and ignore the condition.
+    put and ignore the condition. Without ``writers`` nothing is tried at once.
 
     Raises:
         OSError: the folder cannot be written, or the store refuses conditional puts.
@@ -234,12 +379,14 @@ def supports_create(folder: str, writers: int = 8) -> bool:
     try:
         if not create(alone, b"first") or create(alone, b"second") or read_bytes(alone) != b"first":
             return False
+        if not writers:
+            return True
         with ThreadPoolExecutor(writers) as pool:
             won = list(pool.map(lambda writer: create(race, b"%d" % writer), range(writers)))
         return sum(won) == 1 and read_bytes(race) == b"%d" % won.index(True)
     finally:
-        remove(alone)
-        remove(race)
+        for path in (alone, race) if writers else (alone,):
+            remove(path)
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -395,21 +542,31 @@ def _walk(root: str) -> Iterator[str]:
 
 
 def _create_object(path: str, data: bytes) -> bool:
-    for wait in (0.1, 0.3, 1.0, 3.0, None):
-        try:
-            filesystem().pipe_file(path, data, mode="create")
-            return True
-        except FileExistsError:
-            return False
-        except OSError as error:
-            code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
-            if code in ("PreconditionFailed", "412"):
-                return False
-            # Two conditional puts met: S3 answers neither and asks to try again.
-            if code != "ConditionalRequestConflict" or wait is None:
-                raise
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+    mark = uuid.uuid4().hex
+    try:
+        filesystem().pipe_file(path, data, mode="create", Metadata={WRITER: mark})
+        return True
+    except FileExistsError:
+        return _writer(path) == mark
+
+
+def _upload(local: str, path: str) -> None:
+    mark = uuid.uuid4().hex
+    try:
+        filesystem().put_file(local, path, Metadata={WRITER: mark})
+    except FileNotFoundError:
+        # An upload in parts that is complete is not known any more: the answer was lost, and it was asked for again.
+        if _writer(path) != mark:
+            raise
+
+
+def _writer(path: str) -> str | None:
+    """Which call wrote an object, as it says itself; None if it says nothing, or is gone."""
+    try:
+        metadata = cast("dict[str, str]", filesystem().metadata(path))
+    except FileNotFoundError:
+        return None
+    return next((value for name, value in metadata.items() if name.lower() == WRITER), None)
 
 
 class _Hashing:

@@ -386,8 +386,8 @@ def open_storage(location: str) -> "optuna.storages.BaseStorage":
         reason = "it is no URL of a database" if shown(location).endswith("://***") else str(error)
         reason = " ".join(reason.replace(location, shown(location)).split()).partition(" (Background")[0]
         raise ValueError(
-            f"--storage {shown(location)} cannot be opened ({reason}); give a file that ends in .db or .journal in a "
-            "folder that is there, or the URL of a database that Optuna knows, such as postgresql://..."
+            f"--study-storage {shown(location)} cannot be opened ({reason}); give a file that ends in .db or .journal "
+            "in a folder that is there, or the URL of a database that Optuna knows, such as postgresql://..."
         ) from None
 
 

@@ -25,6 +25,7 @@ OWN_ERRORS = (ValueError, FloatingPointError, FileNotFoundError)
 """What a worker raises on purpose; starting it again would only raise it again."""
 
 
+@store.job
 def train(run: TrainRun, *, gpus: float = 1.0, show: Show | None = None) -> str:
     """Train a run to its end and return its folder; see ``loop.open_run`` for what is refused.
 
@@ -107,7 +108,9 @@ def _work(config: dict[str, Any]) -> None:
     run: TrainRun = config["run"]
     context = get_context()
     world = context.get_world_size()
-    if not store.exists(store.join(run.out, "config.json")):
+    with store.using(run.storage):
+        seen = store.exists(store.join(run.out, "config.json"))
+    if not seen:
         raise FileNotFoundError(
             f"a worker does not see {run.out}, where the run was opened; give an --out (and --data) that every node "
             "shares, or s3://"

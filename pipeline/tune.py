@@ -69,6 +69,7 @@ class Job(NamedTuple):
     """Of each worker; 0 trains on CPUs."""
 
 
+@store.job_into_folder
 def sweep(run: SweepRun) -> str:
     """Run a sweep, or what is missing of it, and return a summary for the terminal.
 
@@ -131,12 +132,13 @@ def _prepare(run: SweepRun) -> tuple[TrainRun, dict[str, Any], space.Space, tupl
         raise ValueError(f"there is no preset {run.preset!r}; choose FAMILY/PRESET, such as {', '.join(names)}")
     base = PRESETS[family][name]
     shared = parse_settings(run.set, base)
-    if taken := sorted(shared.keys() & {"data", "out", "resume", "workers", "threads", "device"}):
+    own = {"data", "out", "resume", "workers", "threads", "device"}
+    if taken := sorted(name for name in shared if name in own or name.startswith("storage.")):
         raise ValueError(f"--set {taken[0]}: give --{taken[0]} itself")
     if not (run.data or base.data):
         raise ValueError(f"{run.preset} has no data of its own; give --data, a dataset folder or sim:NAME")
     base = with_overrides(base, {**shared, "data": run.data or base.data, "workers": run.workers})
-    base = loop.resolve_paths(base)
+    base = loop.resolve_paths(dataclasses.replace(base, storage=run.storage))
     words = list(run.search)
     if run.ready_made:
         given = {word.partition("=")[0] for word in words} | shared.keys()
@@ -176,24 +178,26 @@ def _places(run: SweepRun) -> tuple[str, str]:
     if run.resume and not run.out:
         raise ValueError("--resume needs --out, the folder of the sweep to go on with")
     out = store.resolve(run.out, "--out") if run.out else loop.next_free_folder(run.preset.replace("/", "-"), "sweeps")
-    if not run.storage and store.is_url(out):
+    if not run.study_storage and store.is_url(out):
         raise ValueError(
-            f"--out {out} is object storage, where Optuna cannot keep a file; give --storage, the URL of a database or "
-            "a file that the head node keeps"
+            f"--out {out} is object storage, where Optuna cannot keep a file; give --study-storage, the URL of a "
+            "database or a file that the head node keeps"
         )
-    location = run.storage or store.join(out, "study.db")
+    location = run.study_storage or store.join(out, "study.db")
     if "://" not in location:
-        location = store.resolve(location, "--storage")
+        location = store.resolve(location, "--study-storage")
         if location.endswith(".db"):
             location = f"sqlite:///{location}"
         elif not location.endswith(".journal"):
-            raise ValueError(f"--storage {run.storage}: a file must end in .db (SQLite) or .journal, or be a URL")
-    if run.resume and not run.storage and not store.exists(store.join(out, "study.db")):
+            raise ValueError(
+                f"--study-storage {run.study_storage}: a file must end in .db (SQLite) or .journal, or be a URL"
+            )
+    if run.resume and not run.study_storage and not store.exists(store.join(out, "study.db")):
         raise ValueError(f"{out} holds no sweep (no study.db), so there is nothing to resume; leave out --resume")
     if not store.is_url(out):
         os.makedirs(out, exist_ok=True)
     others = [name for name in store.list_names(out) if not store.is_temporary(name)]
-    known = "study.db" in others and not run.storage and run.study == "sweep"  # SweepStudy.open says more of it
+    known = "study.db" in others and not run.study_storage and run.study == "sweep"  # SweepStudy.open says more of it
     if others not in ([], [".lock"]) and not run.resume and not known:
         there = {"trials", "sweep.json"} & set(others)
         what = "holds another sweep" if there else f"is not empty (it holds {others[0]}) and holds no sweep"
@@ -301,7 +305,7 @@ def train_trial(config: Mapping[str, Any], job: Job) -> None:
     folder = store.join(job.out, folder_of(number))
     seed_values: list[dict[str, float]] = []
     answer: dict[str, Any] = {"over": True, "step": 0, "value": math.nan, "seconds": 0.0}
-    with _only_trainer(folder):
+    with store.using(job.run.storage), _only_trainer(folder):
         try:
             run = space.apply(job.run, settings)
             for index in range(job.seeds):
@@ -450,7 +454,7 @@ def _best_run(out: str, record: SweepRecord, base: TrainRun) -> dict[str, Any] |
 def _commands(run: SweepRun, location: str) -> list[str]:
     """The command lines of this sweep, of a training with its best settings, and of the dashboard."""
     family = run.preset.partition("/")[0]
-    again = dataclasses.replace(run, resume=False, storage=shown(run.storage))
+    again = dataclasses.replace(run, resume=False, study_storage=shown(run.study_storage))
     lines = [
         command("jobs/sweep.py", again, preset=run.preset, default=SweepRun(run.preset)),
         shlex.join(["python", f"jobs/train_{family}.py", "--config", store.join(run.out, "best.json"), "--out", "RUN"]),

@@ -139,6 +139,7 @@ class Part(NamedTuple):
     findings: list[Finding]
 
 
+@store.job
 def verify(run: VerifyRun) -> str:
     """Verify all that a folder holds and print what is wrong; with ``clean`` remove what nothing names.
 

@@ -33,6 +33,7 @@ NO_TRUTH = 235
 PANELS = ("truth", "predicted", "what-if")
 
 
+@store.job_into_folder
 def what_if(run: WhatIfRun) -> str:
     """Write the film and the tables of a what-if; the same run again writes the same files.
 

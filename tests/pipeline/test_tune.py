@@ -277,8 +277,8 @@ def sweep_run(folder: Path, **fields: Any) -> SweepRun:
         ({"objective": ("step_seconds",), "pruner": "asha"}, "none; leave out --pruner"),
         ({"set": ("eval_every=0",)}, "evaluates nothing"),
         ({"out": "", "resume": True}, "--resume needs --out"),
-        ({"out": "s3://bucket/sweep"}, "give --storage"),
-        ({"storage": "study.sql"}, "must end in .db"),
+        ({"out": "s3://bucket/sweep"}, "give --study-storage"),
+        ({"study_storage": "study.sql"}, "must end in .db"),
         ({"resume": True}, r"holds no sweep .no study.db."),
     ],
 )
@@ -296,7 +296,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
 def test_another_study_in_the_folder_of_a_sweep_is_refused(tmp_path):
     (tmp_path / "trials").mkdir()
     (tmp_path / "study.db").touch()
-    for fields in ({"study": "second"}, {"storage": str(tmp_path / "other.db")}):
+    for fields in ({"study": "second"}, {"study_storage": str(tmp_path / "other.db")}):
         with pytest.raises(ValueError, match="holds another sweep; choose another --out"):
             tune.sweep(sweep_run(tmp_path, **fields))
 
