@@ -59,6 +59,15 @@ class Published(NamedTuple):
     """Hex digest."""
 
 
+class Upload(NamedTuple):
+    """An upload in parts to object storage that was begun and is not complete; no reader sees it."""
+
+    path: str
+    id: str
+    begun: float
+    """Seconds since the epoch."""
+
+
 class Entry(NamedTuple):
     """A name in a folder, as its storage describes it."""
 
@@ -230,6 +239,17 @@ def naming(path: str) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _naming_object(path: str) -> Iterator[None]:
+    """Say of a missing object what the system says of a missing file: s3fs gives its name alone."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if error.errno is None:
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", path) from error
+        raise
+
+
 def exists(path: str) -> bool:
     """Tell whether a file or a folder is there."""
     return bool(filesystem().exists(path)) if is_url(path) else os.path.exists(path)
@@ -246,7 +266,10 @@ def open_read(path: str) -> BinaryIO:
     Raises:
         FileNotFoundError: it is not there.
     """
-    return cast(BinaryIO, filesystem().open(path, "rb") if is_url(path) else open(path, "rb"))
+    if not is_url(path):
+        return open(path, "rb")
+    with _naming_object(path):
+        return cast(BinaryIO, filesystem().open(path, "rb"))
 
 
 def read_bytes(path: str, expected_sha256: str | None = None) -> bytes:
@@ -257,7 +280,8 @@ def read_bytes(path: str, expected_sha256: str | None = None) -> bytes:
         ValueError: its bytes are not the expected ones.
     """
     if is_url(path):
-        data = cast(bytes, filesystem().cat_file(path))
+        with _naming_object(path):
+            data = cast(bytes, filesystem().cat_file(path))
     else:
         with open(path, "rb") as file:
             data = file.read()
@@ -480,6 +504,31 @@ def list_tree(folder: str) -> list[str]:
         prefix = folder.split("://", 1)[1].rstrip("/") + "/"
         return sorted(str(path).removeprefix(prefix) for path in filesystem().find(folder))
     return sorted(_walk(folder))
+
+
+def unfinished(folder: str) -> list[Upload]:
+    """List the uploads under a folder that killed jobs left behind, or that are under way; none on a disk."""
+    if not is_url(folder):
+        return []
+    bucket, _, key = folder.partition("://")[2].rstrip("/").partition("/")
+    found: list[Upload] = []
+    after: dict[str, str] = {}
+    while True:
+        page = filesystem().call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key and f"{key}/", **after)
+        found += [
+            Upload(f"s3://{bucket}/{each['Key']}", each["UploadId"], each["Initiated"].timestamp())
+            for each in page.get("Uploads", [])
+        ]
+        if not page.get("IsTruncated"):
+            return sorted(found)
+        after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+
+def abandon(upload: Upload) -> None:
+    """Free what an unfinished upload holds, if it is there."""
+    bucket, _, key = upload.path.partition("://")[2].partition("/")
+    with contextlib.suppress(FileNotFoundError):
+        filesystem().abort_mpu(bucket, key, upload.id)
 
 
 def remove(path: str) -> None:

@@ -6,8 +6,10 @@
 It forwards requests as they are and signs nothing, so it fits servers that check no signatures, such as moto.
 """
 
+import contextlib
 import http.client
 import random
+import re
 import socket
 import struct
 import threading
@@ -20,9 +22,9 @@ from types import TracebackType
 from typing import Any, Self
 
 FAULTS = ("500", "503", "hang", "reset", "late-reset", "half", "lost")
-"""What can happen to a request: an error of the server; a request to slow down; no answer until the reader has given
-up; a connection that is cut before the server sees the request, after it has done it, or halfway through the answer; and
-no answer to a put or post that was done."""
+"""What can happen to a request: an error of the server; a request to slow down; no answer until the client has given
+up; a connection that is cut before the server sees the request, after it has done it, or in the middle of the answer;
+and no answer to a put or post that was done."""
 _ERRORS = {"500": "InternalError", "503": "SlowDown"}
 _HOP_BY_HOP = ("connection", "transfer-encoding", "content-length", "expect", "host", "keep-alive")
 
@@ -50,7 +52,7 @@ class FlakyS3:
         self.rates = dict(rates or {})
         self.hang, self.without_condition = hang, without_condition
         self.planned: list[tuple[str, str]] = []
-        """Faults that fall before chance decides: the next request with such a method gets the fault."""
+        """Faults that fall before chance decides, each on the next ``METHOD path`` that its pattern finds."""
         self.counts: Counter[str] = Counter()
         """Faults by name, and ``requests`` in all."""
         self.writes: Counter[str] = Counter()
@@ -72,25 +74,25 @@ class FlakyS3:
         self._server.shutdown()
         self._server.server_close()
 
-    def draw(self, method: str) -> str:
-        """The fault of a request; empty for none."""
+    def draw(self, request: str) -> str:
+        """The fault of a ``METHOD path``; empty for none."""
         with self._lock:
             self.counts["requests"] += 1
-            number = next((i for i, (wanted, _) in enumerate(self.planned) if wanted == method), None)
-            if number is not None:
-                fault = self.planned.pop(number)[1]
-            else:
-                names = [name for name in self.rates if name != "lost" or method in ("PUT", "POST")]
-                left = self._chance.random()
-                fault = ""
-                for name in names:
-                    left -= self.rates[name]
-                    if left < 0:
-                        fault = name
-                        break
-            if fault:
-                self.counts[fault] += 1
-            return fault
+            fault = next((each for each in self.planned if re.search(each[0], request)), None)
+            if fault is not None:
+                self.planned.remove(fault)
+            name = fault[1] if fault else self._draw(request)
+            if name:
+                self.counts[name] += 1
+            return name
+
+    def _draw(self, request: str) -> str:
+        left = self._chance.random()
+        for name, rate in self.rates.items():
+            left -= rate if name != "lost" or request.startswith("P") else 0.0
+            if left < 0:
+                return name
+        return ""
 
     @property
     def faults(self) -> int:
@@ -103,9 +105,7 @@ class FlakyS3:
         try:
             connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
             for name, value in headers.items():
-                if name.lower() not in _HOP_BY_HOP and not (
-                    self.without_condition and name.lower() == "if-none-match"
-                ):
+                if name.lower() not in _HOP_BY_HOP and not (self.without_condition and name.lower() == "if-none-match"):
                     connection.putheader(name, value)
             connection.putheader("Host", headers["Host"])
             connection.putheader("Content-Length", str(len(body)))
@@ -126,9 +126,14 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     flaky: FlakyS3
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):  # whichever method
+            return self._serve
+        raise AttributeError(name)
+
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.flaky.draw(self.command)
+        fault = self.flaky.draw(f"{self.command} {self.path}")
         if fault == "reset":
             return self._cut()
         if fault == "hang":
@@ -145,8 +150,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(status, headers, data[: len(data) // 2])
             return self._cut()
         return self._answer(status, headers, data)
-
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve
 
     def _answer(self, status: int, headers: list[Any], data: bytes) -> None:
         self.send_response_only(status)
@@ -165,7 +168,5 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def handle(self) -> None:
-        try:
+        with contextlib.suppress(ConnectionError):  # the client gave up first
             super().handle()
-        except ConnectionError:  # the client gave up first
-            pass
