@@ -16,6 +16,7 @@ import queue
 import re
 import threading
 import time
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,17 +119,52 @@ def sample_order(shard_sizes: Sequence[int], seed: int, epoch: int, window_shard
     So each sample comes once, and no more than ``window_shards`` shards are in use at a time. The permutations sort raw
     output of the counter-based generator Philox with the key (seed, epoch), which no library version changes.
     """
-    philox = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
-    shards = np.argsort(philox.random_raw(len(shard_sizes)), kind="stable")
-    windows = []
-    for first in range(0, len(shards), window_shards):
-        rows = [
-            np.stack([np.full(shard_sizes[s], s), np.arange(shard_sizes[s])], axis=1)
-            for s in shards[first : first + window_shards]
-        ]
-        window = np.concatenate(rows)
-        windows.append(window[np.argsort(philox.random_raw(len(window)), kind="stable")])
-    return np.concatenate(windows) if windows else np.zeros((0, 2), dtype=np.int64)
+    order = _EpochOrder(shard_sizes, seed, epoch, window_shards)
+    return np.concatenate([np.zeros((0, 2), np.int64), *map(order.window, range(order.num_windows))])
+
+
+class _EpochOrder:
+    """``sample_order`` a window at a time: an epoch of 10^8 samples would take 1.6 GB, and its windows are independent.
+
+    A window's raw numbers begin where those of the shards and of the windows before it end; Philox can go there at once.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, epoch: int, window_shards: int) -> None:
+        self._key = np.array([seed, epoch], dtype=np.uint64)
+        self._window_shards = window_shards
+        self._shards = np.argsort(self._raw(0, len(shard_sizes)), kind="stable")
+        self._sizes = np.asarray(shard_sizes, np.int64)[self._shards]
+        ends = np.cumsum(self._sizes)[window_shards - 1 :: window_shards].tolist()
+        self.num_windows = -(-len(shard_sizes) // window_shards)
+        self._begins = [0, *ends][: self.num_windows]
+        self._recent = functools.lru_cache(maxsize=3)(self.window)
+
+    def window(self, number: int) -> np.ndarray:
+        """Samples of one window as rows (shard, index)."""
+        some = slice(number * self._window_shards, (number + 1) * self._window_shards)
+        shards, sizes = self._shards[some], self._sizes[some]
+        firsts = np.cumsum(sizes) - sizes
+        rows = np.stack([np.repeat(shards, sizes), np.arange(sizes.sum()) - np.repeat(firsts, sizes)], axis=1)
+        raw = self._raw(len(self._shards) + self._begins[number], len(rows))
+        return rows[np.argsort(raw, kind="stable")]
+
+    def sample(self, place: int) -> tuple[int, int]:
+        """Shard and index of a sample."""
+        number = bisect_right(self._begins, place) - 1
+        shard, index = self._recent(number)[place - self._begins[number]].tolist()
+        return shard, index
+
+    def coming(self, place: int) -> np.ndarray:
+        """The shard of each sample from a place to the end of the window after its own."""
+        number = bisect_right(self._begins, place) - 1
+        here = self._recent(number)[place - self._begins[number] :, 0]
+        return here if number + 1 == self.num_windows else np.concatenate([here, self._recent(number + 1)[:, 0]])
+
+    def _raw(self, first: int, count: int) -> np.ndarray:
+        philox = np.random.Philox(key=self._key)
+        philox.advance(first // 4)  # a step of its counter gives four numbers
+        philox.random_raw(first % 4)
+        return philox.random_raw(count)
 
 
 def window_start(seed: int, epoch: int, key: str, num_frames: int, length: int) -> int:
@@ -202,6 +238,7 @@ class TrainingReader:
                 f"split {source.split!r} of dataset {source.id} has no clips; there is nothing to train on"
             )
         self._source = source
+        self._num_clips = sum(source.shard_sizes)
         self._clip_frames = clip_frames
         self._batch = batch_size
         self._micro = micro_batch_size
@@ -214,7 +251,7 @@ class TrainingReader:
     @property
     def num_clips(self) -> int:
         """Clips of the split, that is samples per epoch."""
-        return sum(self._source.shard_sizes)
+        return self._num_clips
 
     def micro_batches(self, position: int = 0) -> Generator[MicroBatch, None, None]:
         """Yield this worker's micro-batches for ever, from global sample ``position`` on.
@@ -232,7 +269,7 @@ class TrainingReader:
 
     def _read(self, position: int) -> Generator[MicroBatch, None, None]:
         shards = _OpenShards(self._source, self._loader.window_shards)
-        epochs = functools.lru_cache(maxsize=3)(self._epoch)
+        epochs = functools.lru_cache(maxsize=2)(self._epoch)
         try:
             while True:
                 for j in range(self._rank, self._batch // self._micro, self._world):
@@ -241,15 +278,15 @@ class TrainingReader:
         finally:
             shards.close()
 
-    def _epoch(self, epoch: int) -> np.ndarray:
-        return sample_order(self._source.shard_sizes, self._seed, epoch, self._loader.window_shards)
+    def _epoch(self, epoch: int) -> _EpochOrder:
+        return _EpochOrder(self._source.shard_sizes, self._seed, epoch, self._loader.window_shards)
 
-    def _micro_batch(self, position: int, shards: "_OpenShards", epochs: Callable[[int], np.ndarray]) -> MicroBatch:
+    def _micro_batch(self, position: int, shards: "_OpenShards", epochs: Callable[[int], _EpochOrder]) -> MicroBatch:
         clips, starts = [], []
         for sample in range(position, position + self._micro):
             epoch, place = divmod(sample, self.num_clips)
-            number, i = map(int, epochs(epoch)[place])
-            shard = shards.get(number, epochs(epoch)[place:, 0])
+            number, i = epochs(epoch).sample(place)
+            shard = shards.get(number, epochs(epoch), place)
             start = window_start(self._seed, epoch, shard.key(i), self._source.num_frames, self._clip_frames)
             clips.append(shard.clip(i, start, self._clip_frames, self._inputs))
             starts.append(start)
@@ -296,13 +333,14 @@ class _OpenShards:
         self._asked: set[int] = set()
         self._fetching = ThreadPoolExecutor(1, thread_name_prefix="objdyn-fetch")
 
-    def get(self, number: int, coming: np.ndarray) -> Shard:
-        """Return a shard; ``coming`` is the shard of each sample from here to the end of the epoch."""
+    def get(self, number: int, order: _EpochOrder, place: int) -> Shard:
+        """Return a shard, for the sample at a place of an epoch's order."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         while len(self._open) > self._window:
             self._open.popitem(last=False)
+        coming = order.coming(place)
         _, first = np.unique(coming, return_index=True)
         ahead = [int(s) for s in coming[np.sort(first)] if int(s) not in self._open][1 : self._window + 1]
         for wanted in ahead:

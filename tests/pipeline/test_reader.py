@@ -16,7 +16,16 @@ import torch
 from objdyn.clips import Clip, to_sample
 from pipeline import reader, store
 from pipeline.config import LoaderConfig
-from pipeline.reader import MicroBatch, TrainingReader, has_split, iter_clips, open_source, sample_order, window_start
+from pipeline.reader import (
+    MicroBatch,
+    TrainingReader,
+    _EpochOrder,
+    has_split,
+    iter_clips,
+    open_source,
+    sample_order,
+    window_start,
+)
 
 FRAMES = 6
 SIZES = (4, 3, 4, 2, 5)
@@ -151,6 +160,33 @@ def test_order_is_pinned() -> None:
     order = sample_order((2, 3, 2), seed=0, epoch=1, window_shards=2).tolist()
     assert order == [[1, 0], [2, 0], [1, 2], [2, 1], [1, 1], [0, 0], [0, 1]]
     assert [window_start(0, epoch, "a", 100, 11) for epoch in range(4)] == [48, 26, 47, 25]
+
+
+def test_an_order_in_windows_is_that_of_the_whole_epoch() -> None:
+    """The epoch's numbers drawn in one stream, as the order is defined, beside windows that are drawn apart."""
+    rng = np.random.default_rng(0)
+    for seed, window in enumerate((1, 3, 4, 50)):
+        sizes = rng.integers(0, 40, 30).tolist()
+        philox = np.random.Philox(key=np.array([seed, 2], dtype=np.uint64))
+        shards, rows = np.argsort(philox.random_raw(30), kind="stable"), []
+        for first in range(0, 30, window):
+            some = [(s, i) for s in shards[first : first + window].tolist() for i in range(sizes[s])]
+            rows += [some[n] for n in np.argsort(philox.random_raw(len(some)), kind="stable")]
+        assert sample_order(sizes, seed, 2, window).tolist() == [list(row) for row in rows]
+        order = _EpochOrder(sizes, seed, 2, window)
+        for place in rng.permutation(sum(sizes)).tolist():
+            assert order.sample(place) == rows[place]
+            coming = order.coming(place).tolist()
+            assert coming == [shard for shard, _ in rows[place : place + len(coming)]]
+
+
+def test_an_epoch_of_ten_million_clips_is_opened_without_its_samples() -> None:
+    order = _EpochOrder((1000,) * 10_000, seed=0, epoch=0, window_shards=8)
+    shard, index = order.sample(9_999_999)
+    assert (0 <= shard < 10_000) and (0 <= index < 1000)
+    assert order.window(1249).nbytes == 8 * 1000 * 16
+    held = sum(each.nbytes for each in vars(order).values() if isinstance(each, np.ndarray))
+    assert held < 2 * 8 * 10_000 + 64
 
 
 def test_window_starts_are_uniform() -> None:
