@@ -45,7 +45,7 @@ class FlakyS3:
         endpoint: str,
         rates: Mapping[str, float] | None = None,
         *,
-        seed: int = 0,
+        seed: int | str = 0,
         hang: float = 2.0,
         without_condition: bool = False,
     ) -> None:
