@@ -161,6 +161,7 @@ def verify(run: VerifyRun) -> str:
             known = _FILES[folder.kind] | _FOLDERS.get(folder.kind, set())
             _note_others(folder, "", [n for n in folder.entries if n not in known and folder.at(n) not in inside])
             counts += _report(folder, root, run)
+    counts += _report_uploads(root, run)
     if root not in {folder.path for folder in folders}:
         _say("note", _foreign([name for name in store.list_names(root) if store.join(root, name) not in inside]))
     if total := sum(counts.values()):
@@ -1200,6 +1201,28 @@ def _report(folder: Folder, root: str, run: VerifyRun) -> Counter[str]:
         counts[finding.kind] += 1
     for note in folder.notes:
         _say("note", f"{place}/: {note}" if place else note)
+    return counts
+
+
+def _report_uploads(root: str, run: VerifyRun) -> Counter[str]:
+    """Print the uploads to object storage that nobody finished, abandon those that may be, and count the rest."""
+    counts: Counter[str] = Counter()
+    try:
+        uploads = store.unfinished(root)
+    except OSError as error:  # who may read need not be allowed to ask
+        _say("note", f"unfinished uploads are not known: {_one_line(error)}")
+        return counts
+    for upload in uploads:
+        path, seconds = upload.path.removeprefix(root).strip("/"), time.time() - upload.begun
+        text = f"an upload that is not finished, {KILLED}"
+        if run.clean and seconds >= 60 * run.min_age:
+            store.abandon(upload)
+            _say("removed", f"{path} (unfinished upload)")
+            continue
+        if run.clean:
+            text += f"; kept: begun {loop.duration(max(0, seconds))} ago, less than --min-age {run.min_age:g} minutes"
+        _say("leftover", f"{path}: {text}")
+        counts["leftover"] += 1
     return counts
 
 

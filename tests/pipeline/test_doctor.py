@@ -392,7 +392,7 @@ def test_storage_that_cannot_be_written_says_what_to_do(
     assert "bucket does not exist" in finding.text
 
     class Denying(_Storage):
-        def pipe_file(self, path: str, data: bytes, mode: str = "overwrite") -> None:
+        def pipe_file(self, path: str, data: bytes, mode: str = "overwrite", **given: Any) -> None:
             raise PermissionError("Access Denied")
 
     monkeypatch.setattr(store, "filesystem", Denying)
@@ -409,8 +409,8 @@ def test_storage_without_create_if_absent_is_a_failure(
     class Forgetful(_Storage):
         """Ignores the condition; or looks before it writes, which fails where several write at once."""
 
-        def pipe_file(self, path: str, data: bytes, mode: str = "overwrite") -> None:
-            self.real.pipe_file(path, data, mode=mode if path.endswith(known) else "overwrite")
+        def pipe_file(self, path: str, data: bytes, mode: str = "overwrite", **given: Any) -> None:
+            self.real.pipe_file(path, data, mode=mode if path.endswith(known) else "overwrite", **given)
 
     monkeypatch.setattr(store, "filesystem", Forgetful)
     assert not store.supports_create(s3_folder)

@@ -1,6 +1,7 @@
 """Object storage that fails: what is tried again, how often, what is said, and that nothing is done twice."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import cli, store
+from pipeline import cli, loop, store
 from pipeline.config import StorageConfig
 from tests.pipeline.flaky_s3 import FAULTS, FlakyS3
 
@@ -260,3 +261,27 @@ def test_missing_credentials_are_said_to_be_missing(s3_folder: str, monkeypatch:
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     with store.using(StorageConfig(timeout=7)), pytest.raises(PermissionError, match="set AWS_ACCESS_KEY_ID"):
         store.read_bytes(store.join(s3_folder, "a"))
+
+
+def test_training_on_a_store_that_fails_gives_the_same_run(
+    flaky: Flaky, s3_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates, runs = {"500": 0.05, "reset": 0.05, "late-reset": 0.05, "half": 0.05, "lost": 0.1}, []
+    out = store.join(s3_folder, "run")
+    for given in ({}, rates):
+        proxy = flaky(given, seed=1)
+        steps = ["--steps", "2", "--set", "clip_frames=2", "--set", "checkpoint_every=1", "--set", "eval_clips=1"]
+        # The endpoint by its flag; the variable leads to nowhere.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+            words = ["iodine/debug", "--out", out, "--storage.endpoint-url", proxy.url, *steps]
+            assert loop.main(words) == 0, capsys.readouterr().err
+        proxy.rates = {}
+        names = [name for name in store.list_tree(out) if not name.startswith("tensorboard/")]
+        runs.append({name: store.read_bytes(store.join(out, name)) for name in names})
+        store.remove_tree(out)
+    metrics = [re.sub(rb'"steps_per_second": [^,}]+', b"", run.pop("metrics.jsonl")) for run in runs]
+    assert proxy.faults > 3
+    assert runs[0] == runs[1]
+    assert metrics[0] == metrics[1]
+    assert b"endpoint" not in runs[0]["config.json"]

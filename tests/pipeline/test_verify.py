@@ -1197,15 +1197,22 @@ def test_object_storage_is_verified_and_cleaned(
     ]
     for name in extras:
         store.publish(f"{s3_folder}/{name}", b"left")
+    bucket, _, prefix = s3_folder.removeprefix("s3://").partition("/")
+    key = f"{prefix}/test/shard-00003.tar"
+    store.filesystem().call_s3("create_multipart_upload", Bucket=bucket, Key=key)  # and here its writer was killed
     data = bytearray((whole / "data/test/shard-00001.tar").read_bytes())
     data[700] ^= 1
     store.publish(f"{s3_folder}/test/shard-00001.tar", bytes(data))
     store.remove(f"{s3_folder}/test/quarantine.parquet")
     wrong = [("missing", "test/quarantine.parquet"), ("damaged", "test/shard-00001.tar")]
-    assert len(findings(s3_folder, capsys, clean=True)) == 5
+    found = findings(s3_folder, capsys, clean=True)
+    assert len(found) == 6
+    assert ("leftover", "test/shard-00003.tar") in found
+    assert [upload.path for upload in store.unfinished(s3_folder)] == [f"{s3_folder}/test/shard-00003.tar"]
     assert all(store.exists(f"{s3_folder}/{name}") for name in extras)
     assert findings(s3_folder, capsys, clean=True, min_age=0.0) == wrong
     assert not any(store.exists(f"{s3_folder}/{name}") for name in extras)
+    assert store.unfinished(s3_folder) == []
     with pytest.raises(ValueError, match="does not exist"):
         verify(run_of(f"{s3_folder}/nothing"))
 
