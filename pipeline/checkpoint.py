@@ -17,7 +17,7 @@ import re
 import subprocess
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -90,11 +90,15 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep_last: int,
     best: bool = False,
+    passing: bool = False,
+    moved: Callable[[str], None] = lambda what: None,
 ) -> str:
     """Save a training state as the run's last checkpoint; return the checkpoint's folder.
 
     ``state`` holds ``family``, the config's fields as ``model`` (or else as ``run["model"]``), and whatever the loop
     wants back. The newest ``keep_last`` checkpoints stay, and the best one: this one if ``best``, else the best so far.
+    A ``passing`` one, of a run that must stop between two others, takes no place among them and goes with the next one.
+    ``moved`` is called with the name of each file that is written.
 
     Raises:
         ValueError: ``state`` or the optimiser's state has no exact form on disk.
@@ -121,28 +125,40 @@ def save_checkpoint(
     path = store.join(run_dir, name)
     if not (store.exists(store.join(path, "COMPLETE")) and store.read_bytes(store.join(path, "COMPLETE")) == complete):
         store.remove(store.join(path, "COMPLETE"))  # left by an attempt that got no further, or by another run
-        for file, data in files.items():
+        for file, data in {**files, "COMPLETE": complete}.items():
             store.publish(store.join(path, file), data)
-        store.publish(store.join(path, "COMPLETE"), complete)
-    before = _read_last(run_dir)
-    last = {"step": step, "checkpoint": name, "best": name if best else before and before["best"]}
-    store.publish_json(store.join(run_dir, "last.json"), last)
+            moved(f"{name}/{file} was written")
+    before = _read_last(run_dir) or {}
+    last = {"step": step, "checkpoint": name, "best": name if best else before.get("best")}
+    passed = [old for old in before.get("passing", ()) if old != name] + ([name] if passing else [])
+    store.publish_json(store.join(run_dir, "last.json"), {**last, "passing": passed} if passed else last)
     retire(run_dir, keep_last=keep_last)
+    if passed not in ([], [name]):  # they are gone
+        store.publish_json(store.join(run_dir, "last.json"), {**last, "passing": [name]} if passing else last)
     return path
 
 
 def retire(run_dir: str, *, keep_last: int) -> None:
-    """Remove checkpoints older than the newest ``keep_last``, except the best, and remains of killed attempts."""
+    """Remove checkpoints older than the newest ``keep_last``, except the best, and remains of killed attempts.
+
+    Among these are whole ones of later steps: their attempt was killed before they counted, and nothing says whether
+    the replay will write the same ones.
+    """
     last = _read_last(run_dir)
     if last is None:
         return
-    folder, newest = store.join(run_dir, "checkpoints"), _step(last["checkpoint"])
-    # Later steps are of an attempt that got no further than here; the replay will write them again.
-    older = [name for name in store.list_names(folder) if _NAME.fullmatch(name) and _step(name) <= newest]
-    complete = [name for name in older if store.exists(store.join(folder, name, "COMPLETE"))]
-    kept = set(sorted(complete, key=_step)[-keep_last:])
-    for name in older:
-        if name not in kept and f"checkpoints/{name}" != last["best"]:
+    folder = store.join(run_dir, "checkpoints")
+    found = [name for name in store.list_names(folder) if _NAME.fullmatch(name)]
+    regular = [
+        name
+        for name in found
+        if _step(name) <= _step(last["checkpoint"])
+        and f"checkpoints/{name}" not in last.get("passing", ())
+        and store.exists(store.join(folder, name, "COMPLETE"))
+    ]
+    kept = {f"checkpoints/{name}" for name in sorted(regular, key=_step)[-keep_last:]}
+    for name in found:
+        if f"checkpoints/{name}" not in kept | {last["checkpoint"], last["best"]}:
             store.remove(store.join(folder, name, "COMPLETE"))  # first, so that no half of it looks whole
             store.remove_tree(store.join(folder, name))
 

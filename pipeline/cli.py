@@ -1,7 +1,8 @@
 """The command line of every job: parse flags into a run with tyro, call one function, end with a status to test.
 
 Status 0: done. Status 1: failed, with one line ``error: ...`` on stderr that says what to do (``--debug`` adds the
-traceback). Status 2: the command line itself was wrong. Status 130: interrupted.
+traceback). Status 2: the command line itself was wrong. Status 75: asked to end by SIGTERM, or by a run's ``.stop``
+file, and ended within its grace; the same command goes on (a training's with ``--resume``). Status 130: interrupted.
 """
 
 import dataclasses
@@ -10,6 +11,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
+
+from pipeline import stop
 
 DEBUG = "--debug"
 CONFIG = "--config"
@@ -45,9 +48,12 @@ def main(
     except (ValueError, OSError) as error:  # of the file of --config
         _fail(error, 1, debug, _one_line(error))
     try:
-        result = function(run)
+        with stop.preemptible():
+            result = function(run)
         if result is not None:
             print(result, flush=True)
+    except stop.Preempted as error:
+        _fail(error, stop.STATUS, debug, _one_line(error))
     except KeyboardInterrupt as error:
         _fail(error, 130, debug, "interrupted")
     except (ValueError, OSError, FloatingPointError) as error:  # the last: a loss that is not finite

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from pipeline import store
+from pipeline import stop, store
 
 OBJECT_STORE_BYTES = 512 << 20
 """Shared memory of a private Ray. What passes through it is small: plans in, manifest rows out."""
@@ -51,10 +51,11 @@ def connect(num_cpus: int | None = None) -> None:
 
     if ray.is_initialized():
         return
-    if joining:
-        _join()
-    else:
-        _start(num_cpus)
+    with stop.keep_handler():
+        if joining:
+            _join()
+        else:
+            _start(num_cpus)
 
 
 def is_joined() -> bool:

@@ -301,6 +301,11 @@ class TrainRun:
     """Optimiser steps between two checkpoints; the last step always has one."""
     keep_last: int = 3
     """Newest checkpoints to keep; the best one by held-out reconstruction is kept beside them."""
+    stall_seconds: float = 900.0
+    """A worker ends itself, and Ray starts all of them again from the last checkpoint, when for so many seconds no
+    micro-batch, evaluated clip or file of a checkpoint was done. More than a checkpoint takes to save."""
+    grace_seconds: float = 25.0
+    """After SIGTERM the workers may take so long to finish their step and to save it; then the job ends without."""
     stages: tuple[str, ...] = ()
     """Curriculum: one string of words per stage, "steps=500 data=DIR clip_frames=4 optim.batch_size=32 model.X=Y", with
     settings that replace this run's while the stage lasts. steps=N ends it; earlier patience=N (the smoothed loss has
@@ -317,6 +322,9 @@ class TrainRun:
         for name in ("steps", "clip_frames", "workers", "log_every", "eval_clips", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("stall_seconds", "grace_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number of seconds above 0, got {getattr(self, name)}")
         if self.eval_every < 0:
             raise ValueError(f"eval_every must be 0 (never) or more, got {self.eval_every}")
         if self.threads is not None and self.threads < 1:

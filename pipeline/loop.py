@@ -9,6 +9,9 @@ What makes a resumed run bit-identical on a CPU: the order of samples and the wi
 position), torch is seeded before every micro-batch from the same, the optimiser's state is stored exactly, and no
 other random state lives longer than one micro-batch. Whether a stage of a curriculum is over is told from numbers that
 ``state.json`` holds, so a run killed at the end of a stage goes on with the next.
+
+A run that is asked to end (see ``stop.py``) saves the step that it is at, between two checkpoints if need be. Its
+weights go on as if nothing had been; ``metrics.jsonl`` then has a line more, since the means begin anew.
 """
 
 import argparse
@@ -32,7 +35,7 @@ from torch import Tensor, nn
 
 from objdyn import clips, families
 from objdyn.metrics import segmentation
-from pipeline import checkpoint, failpoints, perceptual, store
+from pipeline import checkpoint, failpoints, perceptual, stop, store, watchdog
 from pipeline.config import (
     Stage,
     TrainRun,
@@ -57,6 +60,8 @@ SMOOTHING_STEPS = 50
 """Steps over which the loss of a stage is smoothed before it is judged; ``patience`` if that is less."""
 STAGNATION = 0.01
 """Share of itself by which the smoothed loss must fall within ``patience`` steps."""
+ASK_SECONDS = 2.0
+"""How often workers ask together whether they must stop, where somebody can tell."""
 MAX_ERROR = 1e-10
 """Smallest mean squared error in a PSNR: a perfect frame counts as 100 dB."""
 
@@ -77,6 +82,8 @@ class Worker:
     """Called on every worker with the metrics at each checkpoint."""
     show: Callable[[dict[str, Any]], None] = lambda metrics: None
     """Called on worker 0 with each line of metrics."""
+    leaving: Callable[[], bool] | None = None
+    """Called on all workers after the same step, every ``ASK_SECONDS``: whether they must stop."""
 
 
 @store.job_into_folder
@@ -116,6 +123,7 @@ def open_run(run: TrainRun) -> TrainRun:
         run, stored = _try(run)
         store.publish_json(path, stored)
         return run
+    store.remove(store.join(out, stop.FILE))
     if not store.exists(path):
         raise ValueError(f"{out} holds no run (no config.json), so there is nothing to resume; leave out --resume")
     before = store.read_json(path)
@@ -154,12 +162,21 @@ def train(run: TrainRun, worker: Worker | None = None) -> str:
         ValueError: data that does not fit the model, a damaged checkpoint, another dataset than the run began with.
         FloatingPointError: a loss or gradient was not finite ``MAX_SKIPPED`` steps in a row, or a weight or the
             optimiser's state no longer is; the last checkpoint stays as it was.
+        Preempted: the run was asked to end before; all workers stopped after the same step, which is saved.
     """
     worker = worker or Worker()
+    with (
+        stop.requests(run.out, look=worker.rank == 0) as asked,
+        watchdog.watched(f"worker {worker.rank}", run.stall_seconds) as moved,
+    ):
+        return _train(run, worker, asked.is_set, moved)
+
+
+def _train(run: TrainRun, worker: Worker, asked: Callable[[], bool], moved: Callable[[str], None]) -> str:
     device = worker.device or torch_device(run.device, run.workers)
     if device.type == "cpu":
         torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // worker.local_world))
-    training = _Training(run, worker, device)
+    training = _Training(run, worker, device, asked, moved)
     if training.step >= run.steps:
         return training.path
     log = MetricsLog(run.out, training.step) if worker.rank == 0 else None
@@ -229,8 +246,17 @@ class _Training:
         ValueError: as ``train``.
     """
 
-    def __init__(self, run: TrainRun, worker: Worker, device: torch.device) -> None:
+    def __init__(
+        self,
+        run: TrainRun,
+        worker: Worker,
+        device: torch.device,
+        asked: Callable[[], bool],
+        moved: Callable[[str], None],
+    ) -> None:
         self.run, self.worker, self.device = run, worker, device
+        self.asked, self.moved = asked, moved
+        self.asked_at = time.monotonic()
         self.step = self.position = self.skipped = 0
         self.best: float | None = None
         self.path = ""
@@ -317,12 +343,17 @@ class _Training:
                     with _no_sync(wrapped, index < accumulate - 1):
                         loss = _loss(wrapped, batch, run, self.device)
                         (loss.total / accumulate).backward()
+                    self.moved(f"micro-batch {index + 1} of {accumulate} of step {self.step + 1}")
                     for name, value in {"loss": loss.total.detach(), **loss.terms}.items():
                         terms[name] = terms.get(name, torch.zeros_like(value)) + value / accumulate
                 self.position += run.optim.batch_size
 
                 norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-                if not _on_all_workers(torch.isfinite(terms["loss"]) & torch.isfinite(norm), worker.world):
+                failpoints.reach("step", f"worker {worker.rank} step {self.step + 1:08d}")
+                finite = torch.isfinite(terms["loss"]) & torch.isfinite(norm)
+                ask = worker.leaving is not None and time.monotonic() - self.asked_at > ASK_SECONDS
+                finite, stopping, ask = _agree(finite, self.asked(), worker.rank == 0 and ask, worker.world)
+                if not finite:  # nothing that may be saved, if it was asked to
                     self._skip(log, keys, terms)
                     continue
                 self.skipped = 0
@@ -335,8 +366,17 @@ class _Training:
                 self.step += 1
                 self._watch(terms)
                 over = self.stage_is_over() is not None
-                if self._log_and_save(log, window, over):
+                if ask and worker.leaving is not None:
+                    self.asked_at = time.monotonic()
+                    stopping |= worker.leaving()
+                stopping &= self.step < run.steps
+                if self._log_and_save(log, window, over, stopping):
                     window = _Window()
+                if stopping:
+                    raise stop.Preempted(
+                        f"preempted at step {self.step} of {run.steps}, which is saved; run the same command with "
+                        "--resume to go on"
+                    )
 
     def _open_stage(self) -> None:
         self.stage = self.run.parsed_stages[self.clock.number - 1]
@@ -375,11 +415,12 @@ class _Training:
         loss, *kl = (_sum_over_workers(torch.stack(watched), self.worker.world) / self.worker.world).tolist()
         self.clock.add(self.stage, self.step, loss, kl[0] if kl else None)
 
-    def _log_and_save(self, log: "MetricsLog | None", window: "_Window", over: bool) -> bool:
+    def _log_and_save(self, log: "MetricsLog | None", window: "_Window", over: bool, stopping: bool) -> bool:
         """Do what is due after a step: a line of metrics, an evaluation, a checkpoint. Whether the window was told."""
         run, worker, step, model = self.part, self.worker, self.step, self.model
         last = step == run.steps
-        save = step % run.checkpoint_every == 0 or last
+        due = step % run.checkpoint_every == 0 or last
+        save = due or stopping
         # a run that goes on from a checkpoint, or with another stage, begins with an empty window
         told = step % run.log_every == 0 or save or over
         if told:
@@ -396,10 +437,10 @@ class _Training:
         improved = False
         if self.held_out is not None and run.eval_every and (step % run.eval_every == 0 or last):
             families.set_step(model, step)
-            held = evaluate(model, self.held_out, run, self.device, worker.rank, worker.world)
+            held = evaluate(model, self.held_out, run, self.device, worker.rank, worker.world, self.moved)
             _emit(log, worker, {"kind": "eval", "step": step, **held})
             psnr_is_known = math.isfinite(held["recon_psnr"])
-            improved = save and psnr_is_known and (self.best is None or held["recon_psnr"] > self.best)
+            improved = due and psnr_is_known and (self.best is None or held["recon_psnr"] > self.best)
             self.best = held["recon_psnr"] if improved else self.best
             window.restart_clock()
         if save:
@@ -408,10 +449,11 @@ class _Training:
                 log.sync()  # first, so that no checkpoint is without its metrics
                 self.path = checkpoint.save_checkpoint(
                     self.run.out, step, model=model, optimizer=self.optimizer, state=self._state(),
-                    keep_last=run.keep_last, best=improved,
+                    keep_last=run.keep_last, best=improved, passing=not due, moved=self.moved,
                 )  # fmt: skip
             worker.report({"step": step})
             window.restart_clock()
+        self.moved(f"step {step}")
         return told
 
     def _state(self) -> dict[str, Any]:
@@ -433,12 +475,19 @@ class _Training:
 
 
 def evaluate(
-    model: Any, source: Source, run: TrainRun, device: torch.device, rank: int = 0, world: int = 1
+    model: Any,
+    source: Source,
+    run: TrainRun,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    moved: Callable[[str], None] = lambda what: None,
 ) -> dict[str, float]:
     """Held-out loss, reconstruction and prediction PSNR, with "copy the last frame" beside; no noise anywhere.
 
     Where the clips have a true segmentation, also ``fg_ari``: foreground ARI per frame of the reconstruction's masks.
     Each worker takes every ``world``-th of the first ``run.eval_clips`` clips; the means are over all of them.
+    ``moved`` is called after each clip.
     """
     family = families.describe(run.model)
     context = run.clip_frames - 1 if run.clip_frames > 1 else 1
@@ -472,6 +521,7 @@ def evaluate(
             for name, value in values.items():
                 sums[name] += value
                 counts[name] += 1
+            moved(f"clip {index + 1} of the evaluation")
     table = torch.tensor([[sums[name], counts[name]] for name in names], dtype=torch.float64)
     table = _sum_over_workers(table.to(device) if device.type == "cuda" else table, world)
     found = {name: (float(total), int(count)) for name, (total, count) in zip(names, table.tolist(), strict=True)}
@@ -717,12 +767,17 @@ def _no_sync(model: Any, active: bool) -> contextlib.AbstractContextManager[Any]
     return model.no_sync() if active and hasattr(model, "no_sync") else contextlib.nullcontext()
 
 
-def _on_all_workers(finite: Tensor, world: int) -> bool:
-    """Whether a step may count. Gradients are means over workers and agree, but each knows only its own loss."""
-    if world > 1:
-        finite = finite.int()
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
-    return bool(finite)
+def _agree(finite: Tensor, stopping: bool, ask: bool, world: int) -> tuple[bool, bool, bool]:
+    """Whether the step may count on all workers, and whether one of them wants to stop, or to ask.
+
+    Gradients are means over workers and agree, but each knows only its own loss. All three go through one reduction.
+    """
+    if world == 1:
+        return bool(finite), stopping, ask
+    flags = torch.stack([finite, *torch.tensor([not stopping, not ask], device=finite.device)]).int()
+    dist.all_reduce(flags, dist.ReduceOp.MIN)
+    all_finite, none_stopping, none_ask = flags.tolist()
+    return bool(all_finite), not none_stopping, not none_ask
 
 
 def _not_finite(
@@ -952,6 +1007,7 @@ def _stored(
 FREE_TO_CHANGE = {
     "data", "out", "resume", "steps", "workers", "threads", "device", "perceptual_weights",
     "log_every", "eval_every", "eval_clips", "checkpoint_every", "keep_last", "loader.prefetch", "loader.cache_gb",
+    "stall_seconds", "grace_seconds",
 }  # fmt: skip
 """Fields of a run that may differ when it is resumed; the dataset is compared by its id instead of its path, perceptual
 weights by their checksum."""
@@ -1021,13 +1077,14 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         preset = names[arguments.preset]
         overrides |= {"resume": arguments.resume} | parse_settings(arguments.set, preset)
-        run = open_run(with_overrides(preset, overrides))
-        print(f"run folder: {run.out}", file=sys.stderr)
-        with store.using(run.storage), progress_of(run) as progress:
-            print(train(run, Worker(show=progress.show)))
-    except (ValueError, OSError, FloatingPointError) as error:
+        with stop.preemptible():
+            run = open_run(with_overrides(preset, overrides))
+            print(f"run folder: {run.out}", file=sys.stderr)
+            with store.using(run.storage), progress_of(run) as progress:
+                print(train(run, Worker(show=progress.show)))
+    except (ValueError, OSError, FloatingPointError, stop.Preempted) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return stop.STATUS if isinstance(error, stop.Preempted) else 1
     return 0
 
 

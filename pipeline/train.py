@@ -2,6 +2,11 @@
 
 Ray decides where workers run; everything else is the loop's and the run folder's. Ray's own storage is ``RUN/.ray``;
 it holds nothing that a run needs and is removed at the end.
+
+SIGTERM to the driver reaches the workers through ``RUN/.stop``, see ``stop.py``: they save and return, and the driver
+ends as preempted. ``ray job stop`` follows with SIGKILL after 3 s unless the head was started with
+``RAY_JOB_STOP_WAIT_TIME_S=30``, the time that Kubernetes and spot machines give. When Ray drains the node of a worker,
+all save and return as well, and are started again on the nodes that are left.
 """
 
 import contextlib
@@ -13,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipeline import cluster, loop, perceptual, report, store
+from pipeline import checkpoint, cluster, loop, perceptual, report, stop, store
 from pipeline.config import TrainRun
 
 MAX_RESTARTS = 3
@@ -38,6 +43,7 @@ def train(run: TrainRun, *, gpus: float = 1.0, show: Show | None = None) -> str:
         ValueError: settings or data that cannot work.
         FloatingPointError: the loss stayed non-finite.
         ChildProcessError: workers died more than ``MAX_RESTARTS`` times.
+        Preempted: SIGTERM arrived, or somebody made ``RUN/.stop``, and the run is not at its end.
     """
     perceptual.require(run)
     cluster.connect(num_cpus=run.workers + 1)  # before torch and the data: a cluster that is away is said at once
@@ -46,32 +52,52 @@ def train(run: TrainRun, *, gpus: float = 1.0, show: Show | None = None) -> str:
     read = {run.stage(index).data for index in range(len(run.parsed_stages))} | ({run.init} if run.init else set())
     cluster.require_shared([path for path in (run.out, *sorted(read)) if not path.startswith("sim:")])
     use_gpu = _use_gpu(run)
-    with _follow(run, show):
-        for restarts in range(MAX_RESTARTS + 1):
-            try:
-                _fit(run, use_gpu, gpus)
-                break
-            except ChildProcessError as error:
-                if restarts == MAX_RESTARTS:
-                    raise
-                print(f"{error}; starting again from the last checkpoint", file=sys.stderr, flush=True)
+    with _follow(run, show), stop.passed_on(run.out, run.grace_seconds) as were_told:
+        _fit_to_the_end(run, use_gpu, gpus, were_told)
     report.write_run_report(run.out)
     return run.out
 
 
+def _fit_to_the_end(run: TrainRun, use_gpu: bool, gpus: float, were_told: Callable[[], bool]) -> None:
+    """Run the workers until the run is done, again after they died or had to leave a node."""
+    restarts = 0
+    while True:
+        try:
+            _fit(run, use_gpu, gpus)
+        except ChildProcessError as error:
+            restarts += 1
+            if not were_told():
+                if restarts > MAX_RESTARTS:
+                    raise
+                print(f"{error}; starting again from the last checkpoint", file=sys.stderr, flush=True)
+                continue
+        step = checkpoint.last_step(run.out) or 0
+        if step >= run.steps:
+            return
+        if were_told():
+            raise stop.Preempted(
+                f"preempted; step {step} of {run.steps} is saved; run the same command with --resume to go on"
+            )
+        print(f"a node is being taken away; going on from step {step} on the others", file=sys.stderr, flush=True)
+
+
 def _fit(run: TrainRun, use_gpu: bool, gpus: float) -> None:
-    """Run the workers once, from the last checkpoint to the end."""
+    """Run the workers once, from the last checkpoint until they end."""
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     scratch = store.join(run.out, ".ray")
     store.remove_tree(scratch)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
+    # For a worker that is stopped as a whole, whose own watchdog stands still, too.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(run.stall_seconds)
     path, filesystem = ray_storage(run.out)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"run": run, "use_gpu": use_gpu},
+        torch_config=TorchConfig(timeout_s=max(1, round(run.stall_seconds))),  # for peers that never come
         scaling_config=ScalingConfig(
             num_workers=run.workers,
             use_gpu=use_gpu,
@@ -102,7 +128,7 @@ def _fit(run: TrainRun, use_gpu: bool, gpus: float) -> None:
 def _work(config: dict[str, Any]) -> None:
     """What each worker runs."""
     import torch
-    from ray.train import get_context, report
+    from ray.train import get_context, get_preemption_info, report
     from ray.train.torch import get_device, prepare_model
 
     run: TrainRun = config["run"]
@@ -126,8 +152,10 @@ def _work(config: dict[str, Any]) -> None:
         device=get_device() if config["use_gpu"] else torch.device("cpu"),
         wrap=wrap,
         report=report,
+        leaving=lambda: get_preemption_info() is not None,
     )
-    loop.train(run, worker)
+    with contextlib.suppress(stop.Preempted):  # the driver sees how far the run is
+        loop.train(run, worker)
 
 
 @contextlib.contextmanager
