@@ -32,6 +32,15 @@ SCHEMA = 1
 
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step-\d{8,}")
+_CODE: dict[str, tuple[str, ...]] = {
+    "objdyn": ("clips.py", "distributions.py", "families.py", "interface.py", "kalman.py", "losses.py"),
+    "objdyn/layers": (),
+    "objdyn/metrics": ("segmentation.py",),
+    "objdyn/models": (),
+    "objdyn/simulators": (),
+    "pipeline": ("checkpoint.py", "config.py", "loop.py", "perceptual.py", "reader.py"),
+}
+"""What a training step is made of, by folder; no names are all of it."""
 
 
 class Saved(NamedTuple):
@@ -365,6 +374,22 @@ def config_from_json(cls: type, fields: Mapping[str, Any]) -> Any:
         return cls(**{name: _typed(hints[name], value) for name, value in fields.items()})
     except TypeError as error:
         raise ValueError(f"{cls.__name__} cannot be built from what is stored: {error}") from error
+
+
+@functools.cache
+def code_digests(root: str | None = None) -> dict[str, str]:
+    """A digest of each source file that may change what a training step does or measures, also outside a checkout.
+
+    ``root`` is the folder of ``objdyn/`` and ``pipeline/``; by default that of this file.
+    """
+    root = root or os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    found = {}
+    for folder, wanted in _CODE.items():
+        for name in sorted(os.listdir(os.path.join(root, folder))):
+            if name.endswith(".py") and (not wanted or name in wanted):
+                data = store.read_bytes(os.path.join(root, folder, name))
+                found[f"{folder}/{name}"] = hashlib.sha256(data).hexdigest()[:16]
+    return found
 
 
 @functools.cache

@@ -272,6 +272,9 @@ class TrainRun:
     """Run folder or s3:// URL; empty takes the next free number under ~/objdyn/runs."""
     resume: bool = False
     """Continue the run in ``out`` from its last checkpoint; without it a folder that holds a run is refused."""
+    force: bool = False
+    """With resume: go on although settings, code or data have changed, as long as the weights fit; metrics.jsonl tells
+    what has."""
     seed: int = 0
     """Seed of weights, sample order and noise."""
     steps: int = 1000

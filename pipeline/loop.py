@@ -98,8 +98,9 @@ def open_run(run: TrainRun) -> TrainRun:
 
     Raises:
         ValueError: the data do not fit; or the folder holds a run and ``resume`` was not asked for, or holds none and
-            it was; or the stored run has other settings or other perceptual weights; or the folder is not empty and not
-            a run; or the weights to start from do not fit; or perceptual ones are missing or wrong.
+            it was; or the stored run has other settings, other code or other perceptual weights, without ``force``; or
+            the folder is not empty and not a run; or the weights to start from do not fit; or perceptual ones are
+            missing or wrong.
     """
     if run.resume and not run.out:
         raise ValueError("--resume needs --out, the folder of the run to continue")
@@ -130,10 +131,19 @@ def open_run(run: TrainRun) -> TrainRun:
     if (start := before.get("init")) and run.init and f"{start['checkpoint']}/".startswith(f"{run.init}/"):
         run = dataclasses.replace(run, init=start["checkpoint"])  # of the run folder given, wherever that is by now
     stored = _stored(run, start, perceptual.open_distance(run))
-    if difference := _difference(before, stored):
-        raise ValueError(f"{out} was started with other settings: {difference}; repeat them, or choose another --out")
-    _refuse_other_annealing(run, before["run"]["steps"])
-    store.publish_json(path, stored)  # steps and intervals may grow
+    differences = _differences(before, stored)
+    if not run.force:
+        if differences:
+            raise ValueError(
+                f"{out} was started with other {' and '.join(differences)}; repeat that, add --force to go on all the "
+                "same, or choose another --out"
+            )
+        _refuse_other_annealing(run, before["run"]["steps"])
+    forced = before.get(_FORCED, [])
+    if differences:
+        forced = [*forced, {"step": checkpoint.last_step(out) or 0, "changes": list(differences)}]
+    # steps and intervals may grow
+    store.publish_json(path, {**stored, _FORCED: forced} if forced else stored)
     return run
 
 
@@ -183,6 +193,8 @@ def _train(run: TrainRun, worker: Worker, asked: Callable[[], bool], moved: Call
     with log or contextlib.nullcontext():
         if run.stages and training.step == 0:
             training.tell_stage(log, "start")
+        if training.forced:
+            _emit(log, worker, {"kind": "forced", "step": training.step + 1, "changes": training.forced})
         while training.step < run.steps:
             if reason := training.stage_is_over():
                 training.begin_next_stage()
@@ -265,14 +277,21 @@ class _Training:
         saved = checkpoint.load_last(run.out)
         if saved is not None:
             self.clock = StageClock(**saved.state.get("stage", {}))
+        if self.clock.number > len(run.parsed_stages):
+            raise ValueError(f"{run.out} stands in stage {self.clock.number}; the run has {len(run.parsed_stages)}")
         self._open_stage()
+        config = store.read_json(store.join(run.out, "config.json"))
+        now = saved.step if saved is not None else 0
+        self.forced = [text for entry in config.get(_FORCED, ()) if entry["step"] == now for text in entry["changes"]]
         if saved is not None and saved.state["dataset_id"] != self.source.id:
-            raise ValueError(
-                f"{run.out} was trained on dataset {saved.state['dataset_id']}, but {self.part.data} is "
-                f"{self.source.id}; give the same data, or choose another --out"
-            )
+            if not run.force:
+                raise ValueError(
+                    f"{run.out} was trained on dataset {saved.state['dataset_id']}, but {self.part.data} is "
+                    f"{self.source.id}; give the same data, add --force to go on with these, or choose another --out"
+                )
+            self.forced.append(f"data (dataset was {saved.state['dataset_id']} and is {self.source.id})")
         self.distance = perceptual.open_distance(run, device)
-        if self.distance and not _same_weights(self.distance, store.read_json(store.join(run.out, "config.json"))):
+        if self.distance and not _same_weights(self.distance, config):
             raise ValueError(
                 f"{', '.join(run.perceptual_weights)} has changed since {run.out} was opened with it; restore it, or "
                 "choose another --out"
@@ -282,7 +301,10 @@ class _Training:
         if saved is not None:
             checkpoint.restore(saved, self.model, self.optimizer)
             self.step, self.path = saved.step, saved.path
-            self.position, self.best = saved.state["position"], saved.state["best"]
+            for group in self.optimizer.param_groups:  # others than the checkpoint's only where that was forced
+                group |= {"betas": self.part.optim.betas, "eps": self.part.optim.eps}
+            batch = self.part.optim.batch_size
+            self.position, self.best = -(-saved.state["position"] // batch) * batch, saved.state["best"]
             self.start = saved.state.get("init")
             if worker.rank == 0:
                 checkpoint.retire(run.out, keep_last=run.keep_last)  # which the run may have been killed before or in
@@ -657,6 +679,9 @@ class Progress:
         shown = {k: v for k, v in line.items() if isinstance(v, float) and k not in ("lr", "steps_per_second")}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         text += f"  skipped {line['skipped']}" if line.get("skipped") else ""
+        if line["kind"] == "forced":
+            self._print(f"from step {line['step']} on by force with other {' and '.join(line['changes'])}")
+            return
         if line["kind"] == "eval":
             self._print(f"held out at step {line['step']}: {text}")
             return
@@ -994,18 +1019,21 @@ def _summary_writer(folder: str, step: int) -> Any:
 def _stored(
     run: TrainRun, start: Mapping[str, Any] | None = None, distance: perceptual.Distance | None = None
 ) -> dict[str, Any]:
-    """What ``config.json`` holds: the run without its --resume flag, the weights that it started from, and which ones
-    its perceptual loss has."""
+    """What ``config.json`` holds: the run without its --resume flag, the code, the weights that it started from, and
+    which ones its perceptual loss has."""
     stored = {
         "family": families.family_of(run.model),
-        "run": checkpoint.config_to_json(dataclasses.replace(run, resume=False)),
+        "run": checkpoint.config_to_json(dataclasses.replace(run, resume=False, force=False)),
+        "code": checkpoint.code_digests(),
     }
     stored |= {"init": dict(start)} if start else {}
     return {**stored, "perceptual": distance.record} if distance else stored
 
 
+_FORCED = "forced"
+"""Field of ``config.json``: at which steps what was changed by force."""
 FREE_TO_CHANGE = {
-    "data", "out", "resume", "steps", "workers", "threads", "device", "perceptual_weights",
+    "data", "out", "resume", "force", "steps", "workers", "threads", "device", "perceptual_weights",
     "log_every", "eval_every", "eval_clips", "checkpoint_every", "keep_last", "loader.prefetch", "loader.cache_gb",
     "stall_seconds", "grace_seconds",
 }  # fmt: skip
@@ -1032,14 +1060,20 @@ def settings_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
         (name, old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())
         if name.removeprefix("run.") not in FREE_TO_CHANGE
-        and not name.startswith("perceptual.files.")
+        and not name.startswith(("perceptual.files.", "code.", _FORCED))
         and old.get(name) != new.get(name)
     ]
 
 
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The settings that differ, as a sentence; empty if none do."""
-    return ", ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in settings_difference(before, after))
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What differs and may not, for a message: settings, and files of code where the run has told which it had."""
+    found = []
+    if settings := settings_difference(before, after):
+        found.append(f"settings ({', '.join(f'{name} was {old!r} and is {new!r}' for name, old, new in settings)})")
+    old, new = before.get("code", after["code"]), after["code"]
+    if files := sorted(name for name in old | new if old.get(name) != new.get(name)):
+        found.append(f"code ({_listed(files)})")
+    return found
 
 
 def next_free_folder(family: str, kind: str = "runs") -> str:
@@ -1066,6 +1100,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--perceptual-weights", nargs="+", metavar="FILE", help="for model.recon_loss=vgg")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--force", action="store_true", help="with --resume: although settings, code or data changed")
     parser.add_argument("--storage.endpoint-url", metavar="URL", help="of the store behind s3:// paths")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any setting, optim.lr=3e-4")
     arguments = parser.parse_args(words)
@@ -1076,7 +1111,7 @@ def main(words: Sequence[str] | None = None) -> int:
         overrides["storage.endpoint_url"] = url
     try:
         preset = names[arguments.preset]
-        overrides |= {"resume": arguments.resume} | parse_settings(arguments.set, preset)
+        overrides |= {"resume": arguments.resume, "force": arguments.force} | parse_settings(arguments.set, preset)
         with stop.preemptible():
             run = open_run(with_overrides(preset, overrides))
             print(f"run folder: {run.out}", file=sys.stderr)

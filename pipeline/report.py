@@ -279,7 +279,7 @@ def write_report(
     if "quarantine" in data:
         sections.append(Section("Quarantine", quarantine(data["quarantine"])))
     if history:
-        sections.append(Section("Training", stages(history) + training_curves(history) + skipped_steps(history)))
+        sections.append(Section("Training", stages(history) + training_curves(history) + troubles(history)))
     if metrics or settings or training:
         sections.append(Section("To reproduce this", provenance(metrics, settings or {}, training)))
     store.publish(path, render_page(title, summary(metrics), sections, notes).encode())
@@ -759,6 +759,13 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> str:
     more = f'<div class="plots">{"".join(rest)}</div>'
     more = f"<details><summary>{len(rest)} more curves</summary>{more}</details>" if rest else ""
     return f'<div class="plots">{"".join(shown)}</div>{more}'
+
+
+def troubles(history: Sequence[Mapping[str, Any]]) -> str:
+    """What makes a run another one than its settings say: changes by force, and skipped steps."""
+    rows = [(str(row["step"]), _listed(row.get("changes"))) for row in history if row["kind"] == "forced"]
+    told = _text_table(("from step", "went on by force with other"), rows) if rows else ""
+    return told + skipped_steps(history)
 
 
 def stages(history: Sequence[Mapping[str, Any]]) -> str:

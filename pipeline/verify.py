@@ -37,7 +37,7 @@ import torch
 
 from objdyn.clips import CODECS, Clip, from_sample, to_sample
 from objdyn.families import FAMILIES
-from pipeline import checkpoint, loop, reader, store, tables
+from pipeline import checkpoint, loop, reader, stop, store, tables
 from pipeline.config import VerifyRun
 from pipeline.shard import INDEX_SCHEMA, OWNER, QUARANTINE_SCHEMA
 
@@ -67,7 +67,7 @@ _TABLES: tuple[tables.Table, ...] = ("objects", "frames")
 _CHECKPOINT = ("model.safetensors", "optimizer.safetensors", "state.json")
 _FILES: dict[str, set[str]] = {
     "split": {"manifest.json", "index.parquet", "quarantine.parquet"},
-    "run": {"config.json", "metrics.jsonl", "last.json", "report.html", "metrics.json"},
+    "run": {"config.json", "metrics.jsonl", "last.json", "report.html", "metrics.json", stop.FILE},
     "sweep": {"sweep.json", "sweep.parquet", "best.json", "report.html", "study.db", "study.db-journal", ".lock"},
     "checkpoint": {"COMPLETE", *_CHECKPOINT},
     "tables": {"settings.json", "manifest.json", "what-if.mp4", "what-if.gif", "what-if.png"},
@@ -602,6 +602,9 @@ def _verify_run(folder: Folder, work: "_Work") -> str:
         _note_others(folder, f"checkpoints/{name}/", set(entries) - _FILES["checkpoint"])
     if ".ray" in folder.entries:
         folder.find("leftover", ".ray", f"Ray's own storage, {KILLED}", removable=config is not None)
+    if stop.FILE in folder.entries:
+        text = "asks the run to end; the next --resume removes it, too"
+        folder.find("leftover", stop.FILE, text, removable=config is not None)
     if complete or "metrics.jsonl" in folder.entries:
         with folder.reading("metrics.jsonl"):
             _read_metrics(folder)
@@ -709,7 +712,10 @@ def _finite_tensors(data: bytes) -> list[str]:
 
 
 def _difference(config: Mapping[str, Any], state: Mapping[str, Any]) -> str:
-    """Settings of a checkpoint that differ from the run's and may not; empty if none do."""
+    """Settings of a checkpoint that differ from the run's and may not; empty if none do, or if it is from before they
+    were changed by force."""
+    if any(entry["step"] >= state["step"] for entry in config.get("forced", ())):
+        return ""
     stored = [{name: settings.get(name, {}) for name in ("family", "run")} for settings in (config, state)]
     differ = loop.settings_difference(*stored)
     return ", ".join(f"{name} is {after!r} and was {before!r}" for name, before, after in differ)
