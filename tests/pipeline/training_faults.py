@@ -137,13 +137,12 @@ class Group:
             return real(*arguments)
 
         loop.learning_rate = observed
-        wrap: Callable[[nn.Module], nn.Module] = lambda model: model
         try:
             if self.world > 1:
                 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
                 meeting = f"file://{self.folder}/meeting"
                 dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=self.world)
-                wrap = nn.parallel.DistributedDataParallel
+            wrap = nn.parallel.DistributedDataParallel if self.world > 1 else lambda model: model
             loop.train(run, loop.Worker(rank=rank, world=self.world, wrap=wrap))
             return 0
         except stop.Preempted:
