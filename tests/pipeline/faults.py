@@ -433,6 +433,10 @@ def infinite_loss(found: Loss, model: nn.Module) -> Loss:
     return found._replace(total=found.total + float("inf"))  # the gradients stay finite, and say nothing
 
 
+def loss_spike(found: Loss, model: nn.Module) -> Loss:
+    return found._replace(total=found.total * 1e30)  # every gradient is finite, their norm is not
+
+
 def nan_gradient(found: Loss, model: nn.Module) -> Loss:
     parameter = next(model.parameters())
     return found._replace(total=found.total + (parameter - parameter.detach()).norm().sqrt())  # adds 0
@@ -441,6 +445,7 @@ def nan_gradient(found: Loss, model: nn.Module) -> Loss:
 POISONS = {
     "NaN loss": (nan_loss, ["loss"]),
     "infinite loss": (infinite_loss, ["loss"]),
+    "loss spike": (loss_spike, ["norm of all gradients"]),
     "NaN gradient": (nan_gradient, ["gradient of inward.weight"]),
 }
 BAD = (1, 3)

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -236,6 +237,31 @@ def test_micro_batch_size_does_not_move_samples(dataset: str) -> None:
 @pytest.mark.parametrize("position", [8, 16, 24])
 def test_resuming_gives_the_tail(dataset: str, position: int) -> None:
     assert_equal(read(dataset, 16)[position // 2 :], read(dataset, 16 - position // 2, position))
+
+
+def test_any_number_of_workers_goes_on_at_any_step_with_the_same_samples(dataset: str) -> None:
+    """Nothing twice and nothing lost, whatever trained before: 9 steps of 6 samples are 3 epochs of 18."""
+    loader = LoaderConfig(window_shards=2, prefetch=0)
+    source = open_source(dataset, "train", loader=loader)
+
+    def steps(world: int, first: int) -> list[list[str]]:
+        taken: list[list[str]] = [[] for _ in range(first, 9)]
+        for rank in range(world):
+            training = TrainingReader(
+                source, clip_frames=3, batch_size=6, micro_batch_size=1, seed=7, loader=loader, rank=rank, world=world
+            )
+            batches = training.micro_batches(6 * first)
+            for step in taken:
+                step += [key for _ in range(6 // world) for key in next(batches).keys]
+            batches.close()
+        return [sorted(step) for step in taken]
+
+    whole = steps(1, 0)
+    for epoch in range(3):
+        assert sorted(itertools.chain(*whole[3 * epoch : 3 * epoch + 3])) == [f"clip-{n:06d}" for n in range(18)]
+    for world in (1, 2, 3, 6):
+        for first in range(9):
+            assert steps(world, first) == whole[first:], (world, first)
 
 
 def test_prefetching_changes_nothing(dataset: str) -> None:

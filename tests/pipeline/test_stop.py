@@ -119,6 +119,25 @@ def test_retirement_keeps_two_regular_ones_beside_passing_ones(tmp_path: Path) -
     assert "passing" not in json.loads((tmp_path / "last.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("other", "answer"),
+    [((1, 1, 1), (True, False, False)), ((0, 1, 1), (False, False, False)), ((1, 0, 0), (True, True, True))],
+)
+def test_workers_agree_in_one_reduction(
+    other: tuple[int, ...], answer: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reduced: list[torch.Tensor] = []
+
+    def all_reduce(flags: torch.Tensor, operation: Any) -> None:
+        assert operation == torch.distributed.ReduceOp.MIN
+        reduced.append(flags)
+        flags.copy_(torch.minimum(flags, torch.tensor(other, dtype=flags.dtype)))
+
+    monkeypatch.setattr(loop.dist, "all_reduce", all_reduce)
+    assert loop._agree(torch.tensor(True), False, False, 2) == answer
+    assert len(reduced) == 1
+
+
 def test_a_job_ends_with_its_own_status_also_where_ray_raises_in_its_place(capsys: pytest.CaptureFixture[str]) -> None:
     def waits(_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
