@@ -469,16 +469,19 @@ def publish_json(path: str, value: Mapping[str, Any]) -> Published:
     return publish(path, sealed_json(value))
 
 
-def list_names(folder: str) -> list[str]:
-    """List the names in a folder, sorted; empty if there is no such folder.
+def list_names(folder: str, prefix: str = "") -> list[str]:
+    """List the names in a folder that begin with ``prefix``, sorted; empty if there is no such folder.
 
-    For cleaning up and for messages only: what belongs to a dataset or a run is said by its manifest.
+    For cleaning up, for claims and for messages only: what belongs to a dataset or a run is said by its manifest.
     """
     try:
-        if is_url(folder):
+        if is_url(folder) and prefix:  # the store sends no others, of which there may be very many; no folders
+            found = cast(list[str], filesystem().find(folder, maxdepth=1, prefix=prefix))
+        elif is_url(folder):
             found = cast(list[str], filesystem().ls(folder, detail=False))
-            return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in found})
-        return sorted(os.listdir(folder))
+        else:
+            return sorted(name for name in os.listdir(folder) if name.startswith(prefix))
+        return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in found})
     except (FileNotFoundError, NotADirectoryError):
         return []
 
