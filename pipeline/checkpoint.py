@@ -101,6 +101,7 @@ def save_checkpoint(
     best: bool = False,
     passing: bool = False,
     moved: Callable[[str], None] = lambda what: None,
+    check: Callable[[], None] | None = None,
 ) -> str:
     """Save a training state as the run's last checkpoint; return the checkpoint's folder.
 
@@ -108,6 +109,7 @@ def save_checkpoint(
     wants back. The newest ``keep_last`` checkpoints stay, and the best one: this one if ``best``, else the best so far.
     A ``passing`` one, of a run that must stop between two others, takes no place among them and goes with the next one.
     ``moved`` is called with the name of each file that is written.
+    ``check`` raises when the folder must not be changed any more; it is called before ``last.json`` is.
 
     Raises:
         ValueError: ``state`` or the optimiser's state has no exact form on disk.
@@ -137,6 +139,8 @@ def save_checkpoint(
         for file, data in {**files, "COMPLETE": complete}.items():
             store.publish(store.join(path, file), data)
             moved(f"{name}/{file} was written")
+    if check is not None:
+        check()
     before = _read_last(run_dir) or {}
     last = {"step": step, "checkpoint": name, "best": name if best else before.get("best")}
     passed = [old for old in before.get("passing", ()) if old != name] + ([name] if passing else [])

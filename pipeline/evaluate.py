@@ -27,7 +27,7 @@ from objdyn.layers.perceptual import Network
 from objdyn.metrics import position
 from objdyn.metrics.image import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
 from objdyn.metrics.perceptual import LPIPS, SMALLEST
-from pipeline import loop, perceptual, segments, store, trajectories
+from pipeline import claim, loop, perceptual, segments, store, trajectories
 from pipeline.checkpoint import Loaded, code_revision, load_model, load_weights
 from pipeline.cli import command
 from pipeline.config import EvaluateRun, TrainRun, parse_model_settings, recorded_model_settings, torch_device
@@ -130,9 +130,15 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     """Evaluate a checkpoint, publish ``metrics.json`` and ``report.html`` in ``run.out``, return the metrics.
 
     Raises:
-        ValueError: checkpoint, data and settings do not fit together; the message says what to do.
+        ValueError: checkpoint, data and settings do not fit together; the message says what to do. Or another
+            evaluation works in the folder.
     """
     run_out = store.resolve(run.out, "--out")
+    with claim.hold(run_out, "evaluate", kind="evaluation") as held:  # the folder may be of a run that is training
+        return _evaluate(run, run_out, held)
+
+
+def _evaluate(run: EvaluateRun, run_out: str, held: claim.Claim) -> dict[str, Any]:
     checkpoint, data = store.resolve(run.checkpoint, "--checkpoint"), store.resolve(run.data, "--data")
     device = torch_device(run.device)
     source = open_source(data, run.split)
@@ -203,6 +209,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         )
     metrics["reasons"] = {name: reasons[name] for name in sorted(reasons) if name in metrics}
     history, problems = read_history(_run_folder(checkpoint))
+    held.check()
     write_report(
         store.join(run_out, "report.html"),
         title=f"{loaded.family} on {run.data}",

@@ -59,7 +59,7 @@ from objdyn.metrics.segmentation import match_tracks, segment
 from objdyn.models import what_if
 from objdyn.models.dlp import Particles
 from objdyn.models.what_if import Edit, Edited
-from pipeline import cluster, segments, store, tables
+from pipeline import claim, cluster, segments, store, tables
 from pipeline.checkpoint import load_model, load_weights
 from pipeline.config import ExtractRun, StorageConfig, parse_model_settings, recorded_model_settings
 from pipeline.reader import Source, open_source
@@ -156,16 +156,18 @@ def extract(run: ExtractRun) -> str:
 
     Raises:
         ValueError: the checkpoint, the data and the settings do not fit together, or not with what is in the folder;
-            or some parts failed (the message has the reasons, the other parts are done).
+            or some parts failed (the message has the reasons, the other parts are done); or another job works there.
     """
     out = store.resolve(run.out, "--out")
     job, parts = plan(run, out)
-    claim(job)
-    todo = [part for part in parts if not _is_done(job, part)]
-    if todo:
-        store.remove(store.join(out, tables.MANIFEST))  # the folder is not complete until they are done
-        _run(job, todo, planned=sum(part.clips for part in parts), workers=run.workers)
-    return finish(job, parts)
+    with claim.hold(out, "extract") as held:
+        open_folder(job)
+        todo = [part for part in parts if not _is_done(job, part)]
+        if todo:
+            store.remove(store.join(out, tables.MANIFEST))  # the folder is not complete until they are done
+            _run(job, todo, planned=sum(part.clips for part in parts), workers=run.workers)
+        held.check()
+        return finish(job, parts)
 
 
 def clip_blocks(
@@ -466,7 +468,7 @@ def _check_clips(wanted: Sequence[str], source: Source, data: str, limit: int | 
         )
 
 
-def claim(job: Job) -> None:
+def open_folder(job: Job) -> None:
     """Make the folder this job's, or go on in it.
 
     Raises:

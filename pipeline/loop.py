@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from objdyn import clips, families
 from objdyn.metrics import segmentation
-from pipeline import checkpoint, failpoints, perceptual, stop, store, watchdog
+from pipeline import checkpoint, claim, failpoints, perceptual, stop, store, watchdog
 from pipeline.config import (
     Stage,
     TrainRun,
@@ -119,7 +119,7 @@ def open_run(run: TrainRun) -> TrainRun:
         if store.exists(path):
             raise ValueError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
         # A run that was killed before it had a config.json leaves nothing that counts.
-        if names := [name for name in store.list_names(out) if not store.is_temporary(name)]:
+        if names := [n for n in store.list_names(out) if not (store.is_temporary(n) or claim.is_claim(n))]:
             raise ValueError(f"{out} is not empty (it holds {names[0]}) and holds no run; choose another --out")
         run, stored = _try(run)
         store.publish_json(path, stored)
@@ -147,6 +147,21 @@ def open_run(run: TrainRun) -> TrainRun:
     return run
 
 
+@contextlib.contextmanager
+def opened(run: TrainRun) -> Iterator[tuple[TrainRun, claim.Claim]]:
+    """``open_run`` with the folder held against other jobs.
+
+    Raises:
+        ValueError: as ``open_run``, or another job works in the folder.
+    """
+    with store.using(run.storage):
+        new = not run.out  # then nobody else has the folder
+        run = open_run(run) if new else dataclasses.replace(run, out=store.resolve(run.out, "--out"))
+        store.require_create(run.out)
+        with claim.hold(run.out, "train") as held:
+            yield run if new else open_run(run), held
+
+
 def resolve_paths(run: TrainRun) -> TrainRun:
     """The run with absolute paths of what it reads.
 
@@ -166,10 +181,12 @@ def resolve_paths(run: TrainRun) -> TrainRun:
 def train(run: TrainRun, worker: Worker | None = None) -> str:
     """Train until ``run.steps`` and return the path of the last checkpoint.
 
-    ``run`` comes from ``open_run``. Goes on from the folder's last checkpoint if it has one.
+    ``run`` comes from ``open_run``. Goes on from the folder's last checkpoint if it has one. Worker 0 is the only one
+    to write: it holds the folder as its ``writer``, once a worker of an earlier driver or attempt is gone.
 
     Raises:
-        ValueError: data that does not fit the model, a damaged checkpoint, another dataset than the run began with.
+        ValueError: data that does not fit the model, a damaged checkpoint, another dataset than the run began with; or
+            an earlier worker still writes after ``claim.PATIENCE``, or another has taken this one for dead.
         FloatingPointError: a loss or gradient was not finite ``MAX_SKIPPED`` steps in a row, or a weight or the
             optimiser's state no longer is; the last checkpoint stays as it was.
         Preempted: the run was asked to end before; all workers stopped after the same step, which is saved.
@@ -186,11 +203,18 @@ def _train(run: TrainRun, worker: Worker, asked: Callable[[], bool], moved: Call
     device = worker.device or torch_device(run.device, run.workers)
     if device.type == "cpu":
         torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // worker.local_world))
-    training = _Training(run, worker, device, asked, moved)
-    if training.step >= run.steps:
-        return training.path
-    log = MetricsLog(run.out, training.step) if worker.rank == 0 else None
-    with log or contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        held = None
+        if worker.rank == 0:
+            patience = min(claim.PATIENCE, run.stall_seconds / 2)  # the others wait for this one
+            held = stack.enter_context(claim.hold(run.out, "train", kind="writer", wait=patience))
+            moved("the folder is held")
+        if worker.world > 1:
+            dist.barrier()  # so that all read the checkpoint that the last writer left
+        training = _Training(run, worker, device, asked, moved, held)
+        if training.step >= run.steps:
+            return training.path
+        log = stack.enter_context(MetricsLog(run.out, training.step)) if worker.rank == 0 else None
         if run.stages and training.step == 0:
             training.tell_stage(log, "start")
         if training.forced:
@@ -200,7 +224,7 @@ def _train(run: TrainRun, worker: Worker, asked: Callable[[], bool], moved: Call
                 training.begin_next_stage()
                 training.tell_stage(log, reason)
             training.train_stage(log)
-    return training.path
+        return training.path
 
 
 @dataclass
@@ -265,9 +289,10 @@ class _Training:
         device: torch.device,
         asked: Callable[[], bool],
         moved: Callable[[str], None],
+        held: claim.Claim | None = None,
     ) -> None:
         self.run, self.worker, self.device = run, worker, device
-        self.asked, self.moved = asked, moved
+        self.asked, self.moved, self.held = asked, moved, held
         self.asked_at = time.monotonic()
         self.step = self.position = self.skipped = 0
         self.best: float | None = None
@@ -443,6 +468,8 @@ class _Training:
         last = step == run.steps
         due = step % run.checkpoint_every == 0 or last
         save = due or stopping
+        if self.held is not None and (save or self.held.lost):
+            self.held.check()  # before the metrics, too: they are another's by now
         # a run that goes on from a checkpoint, or with another stage, begins with an empty window
         told = step % run.log_every == 0 or save or over
         if told:
@@ -472,6 +499,7 @@ class _Training:
                 self.path = checkpoint.save_checkpoint(
                     self.run.out, step, model=model, optimizer=self.optimizer, state=self._state(),
                     keep_last=run.keep_last, best=improved, passing=not due, moved=self.moved,
+                    check=self.held and self.held.check,
                 )  # fmt: skip
             worker.report({"step": step})
             window.restart_clock()
@@ -598,8 +626,9 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.sync()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, claim.LostError):  # else the file is another's by now
+            self.sync()
         if self.writer is not None:
             self.writer.close()
 
@@ -1112,10 +1141,9 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         preset = names[arguments.preset]
         overrides |= {"resume": arguments.resume, "force": arguments.force} | parse_settings(arguments.set, preset)
-        with stop.preemptible():
-            run = open_run(with_overrides(preset, overrides))
+        with stop.preemptible(), opened(with_overrides(preset, overrides)) as (run, _):
             print(f"run folder: {run.out}", file=sys.stderr)
-            with store.using(run.storage), progress_of(run) as progress:
+            with progress_of(run) as progress:
                 print(train(run, Worker(show=progress.show)))
     except (ValueError, OSError, FloatingPointError, stop.Preempted) as error:
         print(f"error: {error}", file=sys.stderr)

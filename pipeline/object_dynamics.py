@@ -37,7 +37,7 @@ from objdyn.families import Family, describe
 from objdyn.metrics import segmentation
 from objdyn.metrics.image import frame_mse
 from objdyn.metrics.probe import DROPPED, HELD_OUT, LEAST_IOU, Probe, fit_probe, hold_out, pair_objects
-from pipeline import segments, store
+from pipeline import claim, segments, store
 from pipeline.checkpoint import Loaded, code_revision, config_to_json, load_weights
 from pipeline.cli import command
 from pipeline.config import EvaluateRun, torch_device
@@ -136,7 +136,13 @@ def object_dynamics_protocol(run: EvaluateRun) -> str:
     Raises:
         ValueError: checkpoints, data and settings do not fit together; the message says what to do.
     """
-    out, device = store.resolve(run.out, "--out"), torch_device(run.device)
+    out = store.resolve(run.out, "--out")
+    with claim.hold(out, "evaluate", kind="evaluation") as held:
+        return _protocol(run, out, held)
+
+
+def _protocol(run: EvaluateRun, out: str, held: claim.Claim) -> str:
+    device = torch_device(run.device)
     models = _open_models(run, device)
     first = models[0]
     data = store.resolve(run.data or trained_by(first.loaded).data, "--data")
@@ -181,6 +187,7 @@ def object_dynamics_protocol(run: EvaluateRun) -> str:
         "text": text,
     }
     fitted = probes[first.name]
+    held.check()
     if isinstance(fitted, Mapping):
         store.publish_json(store.join(out, "probe.json"), _map_json(first, source, fitted))
     else:

@@ -28,10 +28,17 @@ class StudySearcher(Searcher):
     which the whole sweep must ``halt``.
     """
 
-    def __init__(self, study: SweepStudy, out: str, tell: Callable[[int, str], None]) -> None:
-        """``tell`` is called with the number of each trial that is over and what it came to."""
+    def __init__(
+        self,
+        study: SweepStudy,
+        out: str,
+        tell: Callable[[int, str], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``tell`` is called with the number of each trial that is over and what it came to, ``check`` before a trial
+        begins or ends: it raises when the sweep is another driver's by now."""
         super().__init__()
-        self._study, self._out, self._tell = study, out, tell
+        self._study, self._out, self._tell, self._check = study, out, tell, check
         self._waiting = study.interrupted()
         self._new = study.missing - len(self._waiting)
         self._pruned: set[int] = set()
@@ -45,6 +52,7 @@ class StudySearcher(Searcher):
         try:
             if self.halted is not None:
                 return Searcher.FINISHED
+            self._check()
             if self._waiting:
                 number = self._waiting.pop(0)
                 settings = self._study.take_over(number)
@@ -53,7 +61,7 @@ class StudySearcher(Searcher):
                 number, settings = self._study.ask()
             else:
                 return Searcher.FINISHED
-        except Exception as error:  # of the storage: the sweep stops with it
+        except Exception as error:  # of the storage, or the sweep is another's: it stops with it
             self.halted = error
             return Searcher.FINISHED
         self.numbers[trial_id] = number
@@ -84,6 +92,7 @@ class StudySearcher(Searcher):
         try:
             if not result.get("over") and number not in self._pruned:
                 return  # stopped with the sweep: it goes on when that is resumed
+            self._check()
             del self.numbers[trial_id]
             self._end(number, result)
         except Exception as problem:
@@ -95,6 +104,7 @@ class StudySearcher(Searcher):
         if number is None or self.halted is not None:
             return
         try:
+            self._check()
             self._fail(number, reason, None)
         except Exception as problem:
             self.halted = problem

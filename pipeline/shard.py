@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from objdyn.clips import Clip, to_sample
 from objdyn.datasets import LAYOUTS, Cut, Fault, Found, Limits, Preprocessing, Video, VideoError, clevrer, npy
 from objdyn.simulators import Simulator, simulator
-from pipeline import failpoints, isolate, store
+from pipeline import claim, failpoints, isolate, store
 from pipeline.config import ShardRun
 
 SCHEMA = 1
@@ -136,15 +136,20 @@ def shard(run: ShardRun) -> str:
 
     Raises:
         ValueError: the source holds nothing usable, too much of it is unusable (quarantine.parquet then says what and
-            why, without a manifest), or ``out`` holds another dataset, which stays as it is.
+            why, without a manifest), or ``out`` holds another dataset, which stays as it is; or another job works there.
         OSError: a file of the source cannot be opened or read.
     """
-    from pipeline import cluster
-
     source, folder = store.resolve(run.source, "--source"), store.join(store.resolve(run.out, "--out"), run.split)
     if len(run.split) > SPLIT_LETTERS:
         raise ValueError(f"--split {run.split} starts every key and is too long for it; use {SPLIT_LETTERS} letters")
     _check_places(source, folder)
+    with claim.hold(folder, "make_shards") as held:
+        return _shard(run, source, folder, held)
+
+
+def _shard(run: ShardRun, source: str, folder: str, held: claim.Claim) -> str:
+    from pipeline import cluster
+
     settings = _settings(run, source)
     previous = _previous(folder, settings)
     root, found = find_videos(run, source)
@@ -165,6 +170,7 @@ def shard(run: ShardRun) -> str:
     balance = _balance(surveyed, plans, built, quarantined)
     for line in _notes(surveyed, quarantined):
         print(line)
+    held.check()
     if reason:
         print(describe(balance))
         raise ValueError(reason + _publish_reasons(folder, quarantined, previous))

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipeline import checkpoint, cluster, loop, perceptual, report, stop, store
+from pipeline import checkpoint, claim, cluster, loop, perceptual, report, stop, store
 from pipeline.config import TrainRun
 
 MAX_RESTARTS = 3
@@ -47,23 +47,31 @@ def train(run: TrainRun, *, gpus: float = 1.0, show: Show | None = None) -> str:
     """
     perceptual.require(run)
     cluster.connect(num_cpus=run.workers + 1)  # before torch and the data: a cluster that is away is said at once
-    run = loop.open_run(run)
+    with loop.opened(run) as (run, held):
+        return _train(run, held, gpus, show)
+
+
+def _train(run: TrainRun, held: claim.Claim, gpus: float, show: Show | None) -> str:
     print(f"run folder: {run.out}", flush=True)
     read = {run.stage(index).data for index in range(len(run.parsed_stages))} | ({run.init} if run.init else set())
     cluster.require_shared([path for path in (run.out, *sorted(read)) if not path.startswith("sim:")])
     use_gpu = _use_gpu(run)
     with _follow(run, show), stop.passed_on(run.out, run.grace_seconds) as were_told:
-        _fit_to_the_end(run, use_gpu, gpus, were_told)
+        _fit_to_the_end(run, held, use_gpu, gpus, were_told)
+    held.check()
     report.write_run_report(run.out)
     return run.out
 
 
-def _fit_to_the_end(run: TrainRun, use_gpu: bool, gpus: float, were_told: Callable[[], bool]) -> None:
+def _fit_to_the_end(
+    run: TrainRun, held: claim.Claim, use_gpu: bool, gpus: float, were_told: Callable[[], bool]
+) -> None:
     """Run the workers until the run is done, again after they died or had to leave a node."""
     restarts = 0
     while True:
+        held.check()
         try:
-            _fit(run, use_gpu, gpus)
+            _fit(run, held, use_gpu, gpus)
         except ChildProcessError as error:
             restarts += 1
             if not were_told():
@@ -81,7 +89,7 @@ def _fit_to_the_end(run: TrainRun, use_gpu: bool, gpus: float, were_told: Callab
         print(f"a node is being taken away; going on from step {step} on the others", file=sys.stderr, flush=True)
 
 
-def _fit(run: TrainRun, use_gpu: bool, gpus: float) -> None:
+def _fit(run: TrainRun, held: claim.Claim, use_gpu: bool, gpus: float) -> None:
     """Run the workers once, from the last checkpoint until they end."""
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -122,7 +130,8 @@ def _fit(run: TrainRun, use_gpu: bool, gpus: float) -> None:
         first = str(failures[0] if failures else error).strip().rpartition("\n")[2]
         raise ChildProcessError(f"a training worker failed: {first}") from error
     finally:
-        store.remove_tree(scratch)
+        if not held.lost:
+            store.remove_tree(scratch)
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -25,7 +25,6 @@ own process, which Tune keeps for the next one. A trial of several workers runs 
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import logging
 import math
@@ -37,7 +36,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline import checkpoint, cluster, loop, perceptual, space, store, sweep_report
+from pipeline import checkpoint, claim, cluster, loop, perceptual, space, store, sweep_report
 from pipeline.cli import command
 from pipeline.config import SweepRun, TrainRun, flatten_settings, parse_settings, torch_device, with_overrides
 from pipeline.presets import PRESETS
@@ -46,8 +45,6 @@ from pipeline.study import SweepRecord, SweepStudy, TrialRecord, folder_of, show
 from pipeline.train import OWN_ERRORS, Show, ray_storage
 
 PLAN_SCHEMA = 1
-WAIT_FOR_OWNER = 60.0
-"""Seconds that a trial waits for a process that still trains it, such as one whose driver was killed just now."""
 REDUCTION = 3
 """ASHA: one trial of so many goes on at each rung."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -84,7 +81,8 @@ def sweep(run: SweepRun) -> str:
     base, shared, job_space, objectives = _prepare(run)
     out, location = _places(run)
     run = dataclasses.replace(run, out=out)
-    with _only_driver(out):
+    with claim.hold(out, "sweep") as held:
+        _require_free(run, out)
         plan = _plan(run, base, shared, job_space, objectives)
         study = SweepStudy.open(
             location,
@@ -101,13 +99,15 @@ def sweep(run: SweepRun) -> str:
             print(note, file=sys.stderr, flush=True)
 
         def write() -> SweepRecord:
+            held.check()
             record = study.record()
             sweep_report.write_sweep(out, record, _best_run(out, record, base), commands=_commands(run, location))
             return record
 
         if study.missing:
             try:
-                _run_trials(run, study, Job(base, out, objectives, run.seeds, run.separate or run.workers > 1))
+                job = Job(base, out, objectives, run.seeds, run.separate or run.workers > 1)
+                _run_trials(run, study, job, held)
             except BaseException:
                 with contextlib.suppress(Exception):  # what stopped the sweep is what the user must hear of
                     write()
@@ -194,15 +194,21 @@ def _places(run: SweepRun) -> tuple[str, str]:
             )
     if run.resume and not run.study_storage and not store.exists(store.join(out, "study.db")):
         raise ValueError(f"{out} holds no sweep (no study.db), so there is nothing to resume; leave out --resume")
-    if not store.is_url(out):
-        os.makedirs(out, exist_ok=True)
-    others = [name for name in store.list_names(out) if not store.is_temporary(name)]
+    return out, location
+
+
+def _require_free(run: SweepRun, out: str) -> None:
+    """Refuse a folder that holds something else than the sweep that is asked for.
+
+    Raises:
+        ValueError: it does.
+    """
+    others = [n for n in store.list_names(out) if not (store.is_temporary(n) or claim.is_claim(n))]
     known = "study.db" in others and not run.study_storage and run.study == "sweep"  # SweepStudy.open says more of it
-    if others not in ([], [".lock"]) and not run.resume and not known:
+    if others and not run.resume and not known:
         there = {"trials", "sweep.json"} & set(others)
         what = "holds another sweep" if there else f"is not empty (it holds {others[0]}) and holds no sweep"
         raise ValueError(f"{out} {what}; choose another --out")
-    return out, location
 
 
 def _plan(
@@ -235,7 +241,7 @@ def _plan(
     return json.loads(store.json_bytes(plan))
 
 
-def _run_trials(run: SweepRun, study: SweepStudy, job: Job) -> None:
+def _run_trials(run: SweepRun, study: SweepStudy, job: Job, held: claim.Claim) -> None:
     """Let Ray Tune train the trials that are missing."""
     slots = run.max_concurrent * run.workers
     cluster.connect(num_cpus=slots + 1)
@@ -258,7 +264,7 @@ def _run_trials(run: SweepRun, study: SweepStudy, job: Job) -> None:
 
     from pipeline.searcher import StudyCallback, StudySearcher, StudyStopper
 
-    searcher = StudySearcher(study, job.out, _Teller(study))
+    searcher = StudySearcher(study, job.out, _Teller(study), held.check)
     scratch = store.join(job.out, ".ray")
     store.remove_tree(scratch)
     resources = {"cpu": DRIVER_CPUS} if job.separate else {"cpu": 1, **({"gpu": gpus} if gpus else {})}
@@ -287,8 +293,9 @@ def _run_trials(run: SweepRun, study: SweepStudy, job: Job) -> None:
     try:
         tuner.fit()
     finally:
-        with contextlib.suppress(OSError):
-            store.remove_tree(scratch)
+        if not held.lost:
+            with contextlib.suppress(OSError):
+                store.remove_tree(scratch)
     if searcher.halted is not None:
         raise _plain(searcher.halted) from searcher.halted
     if study.missing:
@@ -305,7 +312,7 @@ def train_trial(config: Mapping[str, Any], job: Job) -> None:
     folder = store.join(job.out, folder_of(number))
     seed_values: list[dict[str, float]] = []
     answer: dict[str, Any] = {"over": True, "step": 0, "value": math.nan, "seconds": 0.0}
-    with store.using(job.run.storage), _only_trainer(folder):
+    with store.using(job.run.storage), _only_trainer(folder, number):
         try:
             run = space.apply(job.run, settings)
             for index in range(job.seeds):
@@ -488,49 +495,17 @@ def _plain(error: Exception) -> Exception:
 
 
 @contextlib.contextmanager
-def _only_driver(out: str) -> Iterator[None]:
-    """Hold a sweep's folder against a second driver on the same file system.
+def _only_trainer(folder: str, number: int) -> Iterator[None]:
+    """Hold a trial's folder, once a process that may still train it is gone, such as one whose driver was killed.
 
     Raises:
-        ValueError: another process has it.
+        ChildProcessError: it is not gone in time; another attempt may find it gone.
     """
-    if store.is_url(out):
-        yield
-        return
-    with open(os.path.join(out, ".lock"), "a+") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read() or "another process"
-            raise ValueError(f"{out} is being swept by {owner}; wait for it, or stop it") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield
-
-
-@contextlib.contextmanager
-def _only_trainer(folder: str) -> Iterator[None]:
-    """Hold a trial's folder, once a process that may still train it is gone.
-
-    Raises:
-        ChildProcessError: it is not gone in time.
-    """
-    if store.is_url(folder):
-        yield
-        return
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "a") as file:
-        deadline = time.monotonic() + WAIT_FOR_OWNER
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ChildProcessError(f"another process still trains {folder}") from None
-                time.sleep(0.2)
+            stack.enter_context(claim.hold(folder, f"trial {number} of a sweep", wait=claim.PATIENCE))
+        except claim.HeldError as error:
+            raise ChildProcessError(str(error)) from error
         yield
 
 

@@ -18,7 +18,7 @@ from objdyn.clips import Clip
 from objdyn.families import FAMILIES
 from objdyn.models import what_if as edits
 from objdyn.models.dlp import Particles
-from pipeline import extract, store, tables
+from pipeline import claim, extract, store, tables
 from pipeline.checkpoint import load_model
 from pipeline.config import WhatIfRun, torch_device
 from pipeline.reader import open_source
@@ -72,14 +72,16 @@ def what_if(run: WhatIfRun) -> str:
     predicted, other = (_particles(by_key["predicted", name, job.samples]) for name in ("", edit.name))
     after = edits.apply(context, [edit]).latents
 
-    extract.claim(job)
-    store.remove(store.join(out, tables.MANIFEST))  # the folder is not complete until both tables are there again
-    films = _films(run, loaded.model, clip, posterior, _joined(context, predicted), _joined(after, other), chosen[0])
-    for name, data in films.items():
-        store.publish(store.join(out, name), data)
-    notes = [extract.EditNote(run.clip, edit.name, "; ".join(doubts), refused=False)] if doubts else []
-    extract.publish_part(family, job, part, blocks, notes)
-    tables_line = extract.finish(job, [part])
+    with claim.hold(out, "what_if"):
+        extract.open_folder(job)
+        store.remove(store.join(out, tables.MANIFEST))  # the folder is not complete until both tables are there again
+        ways = _joined(context, predicted), _joined(after, other)
+        films = _films(run, loaded.model, clip, posterior, *ways, chosen[0])
+        for name, data in films.items():
+            store.publish(store.join(out, name), data)
+        notes = [extract.EditNote(run.clip, edit.name, "; ".join(doubts), refused=False)] if doubts else []
+        extract.publish_part(family, job, part, blocks, notes)
+        tables_line = extract.finish(job, [part])
     lines = edits.describe(context, chosen, frame=edit.frame)
     count = f"{len(lines)} of {chosen.shape[1]} particles"
     return "\n".join(
