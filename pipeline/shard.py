@@ -136,7 +136,7 @@ def shard(run: ShardRun) -> str:
 
     Raises:
         ValueError: the source holds nothing usable, too much of it is unusable (quarantine.parquet then says what and
-            why, without a manifest), or ``out`` holds another dataset, which stays as it is; or another job works there.
+            why, without a manifest), or ``out`` holds another dataset, which stays as it is; or it is in use.
         OSError: a file of the source cannot be opened or read.
     """
     source, folder = store.resolve(run.source, "--source"), store.join(store.resolve(run.out, "--out"), run.split)

@@ -37,7 +37,7 @@ import torch
 
 from objdyn.clips import CODECS, Clip, from_sample, to_sample
 from objdyn.families import FAMILIES
-from pipeline import checkpoint, loop, reader, stop, store, tables
+from pipeline import checkpoint, claim, loop, reader, stop, store, tables
 from pipeline.config import VerifyRun
 from pipeline.shard import INDEX_SCHEMA, OWNER, QUARANTINE_SCHEMA
 
@@ -335,7 +335,8 @@ def _kind_of(path: str, entries: Mapping[str, store.Entry], given: bool) -> str:
         return "tables" if b'"kind": "tables"' in _bytes(store.join(path, "manifest.json"), "") else "split"
     if files & {"index.parquet", "quarantine.parquet"} or any(ours(name, OWNER.encode()) for name in tars[:1]):
         return "split"
-    if ours("sweep.json") or (given and ("study.db" in files or {"trials", ".lock"} <= set(entries))):
+    begun = "trials" in folders and any(name == ".lock" or claim.is_claim(name) for name in files)
+    if ours("sweep.json") or (given and ("study.db" in files or begun)):
         return "sweep"
     return "evaluation" if ours("metrics.json") else ""
 
@@ -1068,6 +1069,8 @@ def _verify_evaluation(folder: Folder, work: "_Work") -> str:
 
 def _verify_sweep(folder: Folder, work: "_Work") -> str:
     _find_temporaries(folder, "", folder.entries)
+    for name in store.list_names(folder.at("trials")):
+        _find_temporaries(folder, f"trials/{name}/", store.list_folder(folder.at("trials", name)))
     trials: list[dict[str, Any]] = []
     with folder.reading("sweep.json"):
         found = _sealed(folder.at("sweep.json"), GO_ON)
@@ -1180,8 +1183,15 @@ def _check_entry(entry: Any) -> None:
 
 def _find_temporaries(folder: Folder, above: str, entries: Mapping[str, store.Entry]) -> None:
     for name, entry in entries.items():
-        if _is_temporary(name) and not entry.is_folder:
+        if entry.is_folder or not _is_temporary(name):
+            continue
+        if not claim.is_claim(name):
             folder.find("leftover", above + name, f"{entry.size} bytes, {KILLED}", removable=True)
+        elif (owner := claim.owner_of(folder.at(*above.split("/")[:-1], name))) is not None:
+            if owner.lives():
+                folder.notes.append(f"{above}{name}: in use by {owner}")
+            else:
+                folder.find("leftover", above + name, f"claim of {owner}, {KILLED}", removable=True)
 
 
 def _note_others(folder: Folder, above: str, names: Collection[str]) -> None:
@@ -1291,7 +1301,7 @@ def _foreign(names: Collection[str]) -> str:
 
 
 def _is_temporary(name: str) -> bool:
-    return store.is_temporary(name) or _PROBE.fullmatch(name) is not None
+    return store.is_temporary(name) or claim.is_claim(name) or _PROBE.fullmatch(name) is not None
 
 
 def _is_shard(name: str) -> bool:
