@@ -17,7 +17,7 @@ import optuna
 import pytest
 import torch
 
-from pipeline import checkpoint, cli, loop, store, tune
+from pipeline import checkpoint, claim, cli, loop, store, tune
 from pipeline.config import SweepRun, TrainRun, with_overrides
 from pipeline.presets import PRESETS
 from pipeline.space import Objective
@@ -320,12 +320,12 @@ def test_the_example_of_the_readme_is_one_that_works(repository):
 
 def test_a_trial_waits_for_a_process_that_still_trains_it(tmp_path, monkeypatch):
     folder = str(tmp_path / "trials/0000")
-    with tune._only_trainer(folder):
-        monkeypatch.setattr(tune, "WAIT_FOR_OWNER", 0.3)
-        with pytest.raises(ChildProcessError, match="another process still trains"), tune._only_trainer(folder):
+    with tune._only_trainer(folder, 7):
+        monkeypatch.setattr(claim, "PATIENCE", 0.3)
+        with pytest.raises(ChildProcessError, match="in use by trial 7 of a sweep"), tune._only_trainer(folder, 7):
             pass
-    with tune._only_trainer(folder):
-        assert os.path.exists(os.path.join(folder, ".lock"))
+    with tune._only_trainer(folder, 7):
+        assert os.listdir(folder) == [".claim-00000001"]
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_trial(tmp_path, reports, monkeypatch):
@@ -370,5 +370,6 @@ def test_halving_stops_trials_that_ray_trains(tmp_path, ray_local):
 
 
 def test_a_second_driver_is_refused_by_name(tmp_path):
-    with tune._only_driver(str(tmp_path)), pytest.raises(ValueError, match=f"being swept by process {os.getpid()} on"):
+    told = f"{tmp_path} is in use by sweep, process {os.getpid()} on"
+    with claim.hold(str(tmp_path), "sweep"), pytest.raises(ValueError, match=told):
         tune.sweep(sweep_run(tmp_path))
