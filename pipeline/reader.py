@@ -32,6 +32,8 @@ from pipeline.config import LoaderConfig
 
 SCHEMA = 1
 """Version of the dataset folder that this code reads."""
+LEAST_CLIP = 1024
+"""Bytes of a clip in a tar, at least: a header, and data."""
 SIM_SHARD = 50
 """Episodes of one virtual shard of a simulator: its physics is computed at once."""
 
@@ -499,6 +501,8 @@ class _FolderSource:
         path = store.join(self._folder, listed.name)
         data = self._map(listed)
         with self._index_lock:
+            if self._index.metadata.row_group(shard).num_rows != listed.samples:  # before it is unpacked
+                raise ValueError(f"{self._folder}/index.parquet does not fit {listed.name}; make the dataset again")
             rows = self._index.read_row_group(shard, columns=["shard", "key", "members"]).to_pydict()
         members = [{m["name"]: (m["offset"], m["size"]) for m in members} for members in rows["members"]]
         inside = all(0 <= start <= start + size <= len(data) for places in members for start, size in places.values())
@@ -642,9 +646,14 @@ class _Cache:
 
 
 def _listed(name: str, entry: Mapping[str, Any], samples: int) -> _Listed:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not store.is_plain_name(name):
         raise ValueError(f"{name!r} cannot be a file of this folder")
-    return _Listed(name, int(entry["bytes"]), str(entry["sha256"]), samples)
+    size, sha256 = entry["bytes"], entry["sha256"]
+    if type(size) is not int or not re.fullmatch(r"[0-9a-f]{64}", sha256):  # which names a file of the cache
+        raise ValueError(f"{name} has bytes {size!r} and sha256 {sha256!r}")
+    if not 0 <= samples <= size // LEAST_CLIP:
+        raise ValueError(f"{name} of {size} bytes cannot hold {samples} clips")
+    return _Listed(name, size, sha256, samples)
 
 
 def _no_dataset(data: str, split: str) -> str:

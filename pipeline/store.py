@@ -47,6 +47,7 @@ WRITER = "objdyn-writer"
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _CHUNK = 1 << 20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -86,6 +87,11 @@ def is_url(path: str) -> bool:
 def join(folder: str, *names: str) -> str:
     """Append names to a folder, local or URL."""
     return "/".join([folder.rstrip("/"), *names]) if is_url(folder) else os.path.join(folder, *names)
+
+
+def is_plain_name(name: object) -> bool:
+    """Tell whether what a manifest says can only name a file in the manifest's own folder."""
+    return isinstance(name, str) and _PLAIN.fullmatch(name) is not None
 
 
 def in_submitted_job() -> bool:
@@ -423,6 +429,18 @@ def read_json(path: str) -> dict[str, Any]:
     return parse_json(read_bytes(path), path)
 
 
+def loads(data: bytes | str) -> Any:
+    """Parse JSON that anybody may have written.
+
+    Raises:
+        ValueError: it is none, or is nested too deeply.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"not JSON that can be read: {error}") from error
+
+
 def parse_json(data: bytes, path: str) -> dict[str, Any]:
     """Take the value out of sealed JSON; ``path`` names it in messages.
 
@@ -431,7 +449,7 @@ def parse_json(data: bytes, path: str) -> dict[str, Any]:
     """
     remedy = "restore it from a copy, or make it again in an empty folder"
     try:
-        value = json.loads(data)
+        value = loads(data)
         seal = value.pop(SEAL, None) if isinstance(value, dict) else None
         unchanged = seal is not None and sealed_json(value) == data
     except (ValueError, RecursionError) as error:

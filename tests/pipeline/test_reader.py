@@ -587,6 +587,21 @@ def test_damaged_copy_in_the_cache_is_fetched_again(s3_folder: str, cache: Path)
     assert len(list(iter_clips(open_source(s3_folder, "train")))) == 2
 
 
+@pytest.mark.parametrize("place", ["shards", "index"])
+def test_a_checksum_that_is_a_path_reaches_no_file_beside_the_cache(s3_folder: str, cache: Path, place: str) -> None:
+    """The cache names its files by the checksums of the manifest, which strangers write."""
+    write_dataset(s3_folder, "train", sizes=(2,))
+    precious = cache.parents[2] / "precious"
+    precious.write_text("mine")
+    path = store.join(s3_folder, "train", "manifest.json")
+    manifest = store.read_json(path)
+    (manifest["shards"][0] if place == "shards" else manifest["index"])["sha256"] = "../../../precious"
+    store.publish_json(path, manifest)
+    with pytest.raises(ValueError, match=r"manifest\.json is not a dataset's manifest, or damaged .*precious"):
+        open_source(s3_folder, "train").open_shard(0)
+    assert precious.read_text() == "mine"
+
+
 def test_damaged_object_is_named(s3_folder: str, cache: Path) -> None:
     write_dataset(s3_folder, "train", sizes=(2, 2))
     path = store.join(s3_folder, "train", "shard-00001.tar")
