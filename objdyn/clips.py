@@ -34,6 +34,9 @@ CODECS = ("zstd", "npy", "webp-strip")
 MAX_BYTES = 1 << 30
 """Largest array that a sample may hold, in bytes; a sample that claims more is refused before memory is taken."""
 
+NPY_HEADER = 1000
+"""Longest header of an npy file, in letters; numpy parses it as Python, which takes the whole stack for a long one."""
+
 _MEMBERS = {"zstd": "frames.npy.zst", "npy": "frames.npy", "webp-strip": "frames.webp"}
 _KEY = re.compile(r"[a-z0-9_-]+")
 _TRUTH_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -615,7 +618,7 @@ def _meta(key: str, data: bytes | memoryview) -> tuple[tuple[int, ...], dict[str
             "stride": int(meta["stride"]),
             "source": str(meta["source"]),
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"sample {key}: its json is not a clip's description ({error!r})") from error
     if min(shape) < 1 or math.prod(shape) > MAX_BYTES:
         raise ValueError(f"sample {key} claims frames {shape}; at most {MAX_BYTES} bytes are accepted")
@@ -641,8 +644,8 @@ def from_npy(key: str, name: str, data: bytes | memoryview) -> np.ndarray:
     try:
         if np.lib.format.read_magic(header) != (1, 0):
             raise ValueError("only npy version 1.0 is read")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
-    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # numpy parses the header as Python
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(header, NPY_HEADER)
+    except (ValueError, TypeError, EOFError, SyntaxError, RecursionError, tokenize.TokenError) as error:
         raise ValueError(f"sample {key}: {name} is not an npy array ({error})") from error
     size = math.prod(shape) * dtype.itemsize
     if dtype.hasobject or fortran or size > MAX_BYTES or header.tell() + size != len(data):

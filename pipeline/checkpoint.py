@@ -260,7 +260,7 @@ def load_weights(path: str, *, which: Literal["last", "best"] = "last") -> Weigh
     files = _read_files(folder, (_MODEL, _STATE))
     state = _parse_state(folder, files[_STATE])
     family = state.get("family")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{folder} is of family {family!r}; this version knows {', '.join(FAMILIES)}")
     fields = state["model"] if "model" in state else state.get("run", {}).get("model")
     return Weights(
@@ -310,10 +310,10 @@ def load_model(
     weights = load_weights(path, which=which)
     replaced = {name.removeprefix("model."): value for name, value in (overrides or {}).items()}
     config = with_overrides(weights.config, replaced)
+    if problem := _misfit(weights, config, replaced):
+        raise ValueError(problem)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn and overwritten; the caller's draws stay
         model = build(config)
-    if replaced and (problem := _misfit(weights, model, replaced)):
-        raise ValueError(problem)
     _load_weights(model, weights.tensors, weights.path)
     return Loaded(
         model=model.to(device).eval(),
@@ -328,22 +328,25 @@ def load_model(
     )
 
 
-def _misfit(weights: Weights, model: nn.Module, replaced: Mapping[str, Any]) -> str:
-    """Say which replaced setting gives which parameter another shape than the stored one; empty where none does."""
-    if not _reshaped(weights, model):
+def _misfit(weights: Weights, config: Any, replaced: Mapping[str, Any]) -> str:
+    """Say which replaced setting gives which parameter another shape than the stored one; empty where all fit."""
+    if not (found := _reshaped(weights, config)):
         return ""
     blamed = []
     for name, value in replaced.items():
-        with contextlib.suppress(ValueError), torch.random.fork_rng(devices=[]):  # not every setting can stand alone
-            if found := _reshaped(weights, build(with_overrides(weights.config, {name: value}))):
-                blamed.append(f"model.{name}={value} makes {found}")
-    why = "; ".join(blamed) or _reshaped(weights, model)
-    return f"the weights of {weights.path} do not fit this config of {type(model).__name__}: {why}"
+        with contextlib.suppress(ValueError):  # not every setting can stand alone
+            if alone := _reshaped(weights, with_overrides(weights.config, {name: value})):
+                blamed.append(f"model.{name}={value} makes {alone}")
+    why = "; ".join(blamed) or found
+    name = type(config).__name__.removesuffix("Config")
+    return f"the weights of {weights.path} do not fit this config of {name}: {why}"
 
 
-def _reshaped(weights: Weights, model: nn.Module) -> str:
+def _reshaped(weights: Weights, config: Any) -> str:
     """The first parameter whose shape is not the stored one."""
-    stored, own = weights.tensors, model.state_dict()
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):  # no memory, whatever sizes the settings claim
+        own = build(config).state_dict()
+    stored = weights.tensors
     for name in [*own, *stored]:
         wanted, got = (tuple(tensors[name].shape) if name in tensors else "none" for tensors in (own, stored))
         if wanted != got:
@@ -567,7 +570,7 @@ def _read_files(path: str, names: tuple[str, ...]) -> dict[str, bytes]:
 
 def _parse_state(path: str, data: bytes) -> dict[str, Any]:
     try:
-        state = json.loads(data)
+        state = store.loads(data)
         if state["schema"] != SCHEMA or not isinstance(state["step"], int):
             raise ValueError(f"schema {state['schema']}, this version reads {SCHEMA}")
         name = path.rpartition("/")[2]

@@ -17,6 +17,8 @@ from pipeline import stop
 DEBUG = "--debug"
 CONFIG = "--config"
 ENDPOINT = "--storage.endpoint-url"
+LONGEST = 4000
+"""Letters of a message: what it quotes may come from a stranger's file."""
 
 
 def main(
@@ -58,6 +60,9 @@ def main(
         _fail(error, 130, debug, "interrupted")
     except (ValueError, OSError, FloatingPointError) as error:  # the last: a loss that is not finite
         _fail(error, 1, debug, _one_line(error))
+    except MemoryError as error:
+        message = "memory ran out: a file claims more than this machine has, or other work takes it"
+        _fail(error, 1, debug, f"{message} ({_one_line(error)})")
     except Exception as error:  # a defect: hiding its traceback would cost the user a second run
         _fail(error, 1, True, f"unexpected {type(error).__name__}: {_one_line(error)}")
 
@@ -249,5 +254,6 @@ def _one_line(error: BaseException) -> str:
     if isinstance(cause, BaseException):
         error = cause
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: {error.filename}"
-    return " ".join(str(error).split()) or type(error).__name__
+        error = ValueError(f"{error.strerror}: {error.filename}")
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= LONGEST else f"{message[: LONGEST * 3 // 4]} ... {message[-LONGEST // 4 :]}"

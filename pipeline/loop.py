@@ -678,8 +678,11 @@ def read_metrics(out: str, step: int | None = None) -> list[dict[str, Any]]:
     if not store.exists(path):
         return []
     whole = store.read_bytes(path).decode().rpartition("\n")[0]
-    lines = [json.loads(line) for line in whole.splitlines() if line]
-    return [line for line in lines if step is None or line["step"] <= step]
+    try:
+        lines = [store.loads(line) for line in whole.splitlines() if line]
+        return [line for line in lines if step is None or line["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds a line that is none of a run's ({error!r}); restore it from a copy") from error
 
 
 STAGE_ENDS = {

@@ -357,8 +357,8 @@ def _tensors(data: bytes, path: str) -> tuple[dict[str, Tensor], dict[str, Any]]
     try:
         tensors = safetensors.torch.load(data)
         (length,) = struct.unpack("<Q", data[:8])
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        claims = json.loads(metadata.get(METADATA, "{}"))
+        metadata = store.loads(data[8 : 8 + length]).get("__metadata__", {})
+        claims = store.loads(metadata.get(METADATA, "{}"))
     except (safetensors.SafetensorError, ValueError) as error:
         kind = "a PyTorch file" if path.endswith((".pth", ".pt", ".bin")) else "not a safetensors file, or damaged"
         raise ValueError(

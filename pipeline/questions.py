@@ -60,8 +60,8 @@ def read_questions(run: "ReadQuestionsRun") -> str:
         raise ValueError(f"--source {source} is no file; give a question file, such as questions/train.json")
     data = store.read_bytes(source)
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        content = store.loads(data)
+    except ValueError as error:
         raise ValueError(f"{source} is not valid JSON ({error}); fetch it again") from error
     read = from_json(content, name)
     quarantine = f"{out.removesuffix('.parquet')}.quarantine.parquet"

@@ -9,7 +9,6 @@ import base64
 import dataclasses
 import importlib.metadata
 import itertools
-import json
 import math
 import platform
 import re
@@ -850,7 +849,7 @@ def _last_state(run: str) -> dict[str, Any]:
         return {}
     folder = store.join(run, last["checkpoint"])
     complete = store.read_json(store.join(folder, "COMPLETE"))
-    state = json.loads(store.read_bytes(store.join(folder, "state.json"), complete["state.json"]["sha256"]))
+    state = store.loads(store.read_bytes(store.join(folder, "state.json"), complete["state.json"]["sha256"]))
     return {**state, "model": complete["model.safetensors"]["sha256"]}
 
 

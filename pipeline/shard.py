@@ -48,6 +48,9 @@ _OR_LIMITS = (
 OWNER = "objdyn"
 """Owner of every tar member; a fixed one, so that tars do not depend on who wrote them."""
 
+LONGEST = 1000
+"""Letters of a reason in quarantine.parquet: what it quotes comes from a stranger's file."""
+
 LEFT_OUT = ("too-few-objects", "too-many-objects", "not-all-visible")
 """Codes of what the run's own settings leave out."""
 NOT_DAMAGED = ("find", "select")
@@ -563,7 +566,8 @@ def _fault(video: Video, error: Exception, certain: bool = False) -> Fault:
         raise MemoryError from error
     code = error.code if isinstance(error, VideoError) else "unreadable"
     message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return Fault(video.source, code, " ".join(message.split()))
+    message = " ".join(message.split())
+    return Fault(video.source, code, message if len(message) <= LONGEST else f"{message[:LONGEST]} ...")
 
 
 def _quarantined(fault: Fault, stage: str) -> Quarantined:

@@ -106,7 +106,7 @@ def read_worlds(out: str, split: str, faults: list[str]) -> Iterator[World]:
             scene = store.read_json(store.join(folder, name))
             annotation = name.replace("scene_", "annotation_")
             digest = scene["made"]["files"][annotation]["sha256"]
-            world = to_world(scene, json.loads(store.read_bytes(store.join(folder, annotation), digest)))
+            world = to_world(scene, store.loads(store.read_bytes(store.join(folder, annotation), digest)))
         except (OSError, ValueError, KeyError, TypeError) as error:
             faults.append(f"{name}: {error}")
             continue

@@ -7,12 +7,13 @@ over under the same number, with the same settings and in the same folder, so no
 trials shows what was only an interruption; ``attempts`` tells it.
 """
 
+import contextlib
 import math
 import os
 import re
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline import store
@@ -328,8 +329,8 @@ class SweepStudy:
             seed_values=tuple(attrs.get("seed_values", ())),
             curve=tuple(sorted(trial.intermediate_values.items())),
             seconds=attrs.get("seconds"),
-            folder=attrs.get("folder", folder_of(trial.number)),
-            picture=attrs.get("picture", ""),
+            folder=folder_of(trial.number),  # not what the storage says: whoever writes to it may write anything
+            picture=picture_of(trial.number) if attrs.get("picture") else "",
             reason=attrs.get("reason", ""),
             attempts=attrs.get("attempts", 0),
         )
@@ -364,6 +365,32 @@ class SweepStudy:
 def folder_of(number: int) -> str:
     """Folder of a trial, relative to the sweep's."""
     return f"trials/{number:04d}"
+
+
+def picture_of(number: int) -> str:
+    """Picture of a trial, relative to the sweep's folder."""
+    return f"{folder_of(number)}/clip.png"
+
+
+@contextlib.contextmanager
+def reading(location: str) -> Iterator[None]:
+    """Say which storage it is that holds what no sweep has written.
+
+    Raises:
+        ValueError: what is read inside is not there, or of another kind.
+    """
+    optuna = _optuna()
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, RecursionError, AssertionError, SQLAlchemyError,
+            optuna.exceptions.OptunaError) as error:  # fmt: skip
+        reason = " ".join(str(error).replace(location, shown(location)).split()).partition(" (Background")[0]
+        raise ValueError(
+            f"{shown(location)} holds what no sweep has written ({type(error).__name__}: {reason}); restore it, or "
+            "begin another sweep in another --out"
+        ) from None
 
 
 def open_storage(location: str) -> "optuna.storages.BaseStorage":

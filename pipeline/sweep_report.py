@@ -389,7 +389,7 @@ def pictures(out: str, sweep: SweepRecord, ranking: Ranking) -> str:
             continue
         title = f"trial {trial.number}: {_values_text(trial, sweep.objectives)}"
         try:
-            with Image.open(io.BytesIO(store.read_bytes(store.join(out, trial.picture)))) as image:
+            with Image.open(io.BytesIO(store.read_bytes(store.join(out, trial.picture))), formats=["PNG"]) as image:
                 picture = np.asarray(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError):  # the last is Pillow's for a PNG whose chunks are broken
             note = f"The picture of trial {trial.number}, {trial.picture}, is missing or damaged."

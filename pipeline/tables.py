@@ -292,11 +292,17 @@ def provenance_of(schema: pa.Schema, path: str = "this table") -> tuple[Table, P
     text = (schema.metadata or {}).get(METADATA_KEY)
     if text is None:
         raise ValueError(f"{path} carries no objdyn metadata: it was not written by jobs/extract.py")
-    description = json.loads(text)
-    if description["schema"] != SCHEMA_VERSION:
-        raise ValueError(f"{path} has table schema {description['schema']}, this version reads {SCHEMA_VERSION}")
-    names = [f.name for f in dataclasses.fields(Provenance) if f.name in description]  # an earlier version has fewer
-    return description["table"], Provenance(**{name: description[name] for name in names})
+    try:
+        description = store.loads(text)
+        if description["schema"] != SCHEMA_VERSION:
+            raise ValueError(f"it has table schema {description['schema']}, this version reads {SCHEMA_VERSION}")
+        for shape in description.get("shapes", {}).values():
+            if not all(type(length) is int and length > 0 for length in shape):
+                raise ValueError(f"a shape {shape}")
+        names = [f.name for f in dataclasses.fields(Provenance) if f.name in description]  # an earlier one has fewer
+        return description["table"], Provenance(**{name: description[name] for name in names})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no table that this version reads ({error!r}); extract it again") from error
 
 
 def check_part(schema: pa.Schema, table: Table, manifest: Mapping[str, Any], path: str) -> None:
@@ -306,6 +312,11 @@ def check_part(schema: pa.Schema, table: Table, manifest: Mapping[str, Any], pat
         ValueError: it is of another table, model, dataset or setting: it was put there from another folder.
     """
     found, provenance = provenance_of(schema, path)
+    for name in {*OBJECT_KEY, "source_frame"} & set(schema.names):
+        type_ = schema.field(name).type
+        type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
+        if type_ != _TYPES.get(name, pa.int32()):
+            raise ValueError(f"{path} has {name} as {type_}: it was not written by jobs/extract.py")
     said = {**dataclasses.asdict(provenance), "table": found}
     for name, value in {**manifest, "table": table}.items():
         if name in said and said[name] != value:
@@ -350,6 +361,14 @@ def read_manifest(folder: str) -> dict[str, Any]:
     manifest = store.read_json(path)
     if manifest.get("kind") != "tables" or manifest.get("schema") != SCHEMA_VERSION:
         raise ValueError(f"{path} does not describe tables of schema {SCHEMA_VERSION}, but {manifest.get('kind')!r}")
+    try:
+        for part in manifest["parts"]:
+            if not store.is_plain_name(part["name"]):
+                raise ValueError(f"{part['name']!r} cannot be a part of this folder")
+            if not all(type(part[t]["rows"]) is int and type(part[t]["sha256"]) is str for t in _TABLES):
+                raise ValueError(f"part {part['name']} has no rows and checksums")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or was edited ({error!r}); run jobs/extract.py again") from error
     return manifest
 
 
@@ -621,6 +640,8 @@ def open_part(folder: str, table: Table, part: Mapping[str, Any], manifest: Mapp
         raise ValueError(message) from error
     file = _parquet_file(pa.BufferReader(data), path)
     check_part(file.schema_arrow, table, manifest, path)
+    if missing := set(OBJECT_KEY if table == "objects" else FRAME_KEY) - set(file.schema_arrow.names):
+        raise ValueError(f"{path} has no column {min(missing)}: it was not written by jobs/extract.py")
     if file.metadata.num_rows != part[table]["rows"]:
         raise ValueError(f"{path} has {file.metadata.num_rows} rows, its manifest says {part[table]['rows']}")
     return file
@@ -646,6 +667,8 @@ class _Places(NamedTuple):
     def of(cls, metadata: pq.FileMetaData) -> "_Places":
         column = metadata.schema.names.index("clip")
         statistics = [metadata.row_group(i).column(column).statistics for i in range(metadata.num_row_groups)]
+        if not statistics or any(group is None or not group.has_min_max for group in statistics):
+            raise ValueError("a part of these tables says nothing of its clips: it was not written by jobs/extract.py")
         return cls(metadata, [group.min for group in statistics], statistics[-1].max)
 
     def group_of(self, clip: str) -> int | None:
@@ -795,6 +818,8 @@ def _iter_runs(file: pq.ParquetFile, path: str, fields: Fields) -> Iterator[tupl
 
 def _to_runs(rows: pa.Table, fields: Fields) -> _Runs:
     rows = rows.unify_dictionaries()
+    if not rows.num_rows or any(rows.column(name).null_count for name in ClipKey._fields):
+        raise ValueError("rows without a key, or no rows: these tables were not written by jobs/extract.py")
     begins = np.zeros(rows.num_rows, bool)
     begins[0] = True
     for name in ClipKey._fields:

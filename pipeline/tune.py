@@ -41,7 +41,7 @@ from pipeline.cli import command
 from pipeline.config import SweepRun, TrainRun, flatten_settings, parse_settings, torch_device, with_overrides
 from pipeline.presets import PRESETS
 from pipeline.space import COSTS, Objective
-from pipeline.study import SweepRecord, SweepStudy, TrialRecord, folder_of, shown
+from pipeline.study import SweepRecord, SweepStudy, TrialRecord, folder_of, picture_of, reading, shown
 from pipeline.train import OWN_ERRORS, Show, ray_storage
 
 PLAN_SCHEMA = 1
@@ -84,16 +84,18 @@ def sweep(run: SweepRun) -> str:
     with claim.hold(out, "sweep") as held:
         _require_free(run, out)
         plan = _plan(run, base, shared, job_space, objectives)
-        study = SweepStudy.open(
-            location,
-            run.study,
-            plan=plan,
-            space=job_space,
-            objectives=objectives,
-            wanted=run.trials,
-            resume=run.resume,
-            out=out,
-        )
+        with reading(location):
+            study = SweepStudy.open(
+                location,
+                run.study,
+                plan=plan,
+                space=job_space,
+                objectives=objectives,
+                wanted=run.trials,
+                resume=run.resume,
+                out=out,
+            )
+            _ = study.record(importance=False).best  # what is there must be a sweep's, before any of it is used
         print(f"sweep folder: {out}\nstorage: {shown(location)}", flush=True)
         for note in space.notes(job_space, shared, base, objectives):
             print(note, file=sys.stderr, flush=True)
@@ -325,7 +327,7 @@ def train_trial(config: Mapping[str, Any], job: Job) -> None:
                     answer["seconds"] += _cost(path, "train_seconds")
                 seed_values.append(_values(path, job.objectives))
                 if index == 0:
-                    answer["picture"] = _picture(one, folder, folder_of(number))
+                    answer["picture"] = _picture(one, folder, picture_of(number))
         except OWN_ERRORS as error:
             answer["failed"] = " ".join(str(error).split())
         except OSError as error:
@@ -407,7 +409,7 @@ def _picture(run: TrainRun, folder: str, name: str) -> str:
         print(f"no picture of {run.out}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return ""
     store.publish(store.join(folder, "clip.png"), picture)
-    return f"{name}/clip.png"
+    return name
 
 
 def _gpus(run: SweepRun) -> float:

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import io
 import itertools
-import json
 import mmap
 import os
 import re
@@ -676,10 +675,10 @@ def _step(path: str) -> int | None:
 
 def _parse_state(data: bytes, path: str) -> dict[str, Any]:
     try:
-        state = json.loads(data)
+        state = store.loads(data)
         if state["schema"] != checkpoint.SCHEMA:
             raise ValueError(f"schema {state['schema']}, this version reads {checkpoint.SCHEMA}")
-        if state["family"] not in FAMILIES:
+        if not isinstance(state["family"], str) or state["family"] not in FAMILIES:
             raise ValueError(f"family {state['family']!r}, this version knows {', '.join(FAMILIES)}")
         if not sum(group["params"] for group in state["optimizer"]["groups"]):
             raise ValueError("the optimiser has no parameters")
@@ -735,7 +734,7 @@ def _read_metrics(folder: Folder) -> None:
     before = 0
     for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
         try:
-            step = json.loads(line)["step"]
+            step = store.loads(line)["step"]
             if type(step) is not int:
                 raise ValueError(f"step {step!r}")
         except (ValueError, KeyError, TypeError) as error:

@@ -125,6 +125,9 @@ def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
         raise VideoError("bad-layout", f"{name} is missing or lies outside of the file; keys are {', '.join(file)}")
     rank = {"imgs": 5, "positions": 4}.get(name, 3)
     per_episode = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:], dtype=np.int64))
+    chunk = int(np.prod(dataset.chunks or 0, dtype=np.int64)) * dataset.dtype.itemsize  # is unpacked as a whole
+    if chunk > MAX_BYTES:
+        raise VideoError("bad-layout", f"{name} comes in chunks of {chunk} bytes, more than {MAX_BYTES}")
     fits = dataset.ndim == rank and dataset.dtype.kind in "uifb" and per_episode <= MAX_BYTES and 0 not in dataset.shape
     if not fits or (name == "imgs" and (dataset.dtype != np.uint8 or dataset.shape[-1] != 3)):
         raise VideoError("bad-layout", f"{name} is {dataset.dtype} {dataset.shape}, which is not G-SWM's layout")

@@ -16,7 +16,7 @@ from typing import IO
 
 import numpy as np
 
-from objdyn.clips import NO_LIMITS, Clip, Limits, VideoError
+from objdyn.clips import NO_LIMITS, NPY_HEADER, Clip, Limits, VideoError
 from objdyn.datasets.preprocessing import Preprocessing
 from objdyn.datasets.sources import Cut, Found, Open, Video, cut_clips, is_hidden, natural_order
 
@@ -104,12 +104,15 @@ def read_header(file: IO[bytes], name: str) -> tuple[np.dtype, tuple[int, ...]]:
     try:
         version = np.lib.format.read_magic(file)
         if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file, NPY_HEADER)
         elif version == (2, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+            if (length := int.from_bytes(file.read(4), "little")) > NPY_HEADER:  # of which numpy would read all
+                raise ValueError(f"a header of {length} letters")
+            file.seek(-4, io.SEEK_CUR)
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file, NPY_HEADER)
         else:
             raise ValueError(f"npy version {version[0]}.{version[1]}; 1.0 and 2.0 are read")
-    except (ValueError, EOFError, SyntaxError, RecursionError, tokenize.TokenError) as error:  # parsed as Python
+    except (ValueError, TypeError, EOFError, SyntaxError, RecursionError, tokenize.TokenError) as error:
         raise VideoError("unreadable", f"{name} is no npy array ({error})") from error
     if dtype.hasobject:
         raise VideoError("bad-layout", f"{name} holds Python objects, which are never loaded; save it as an array")
