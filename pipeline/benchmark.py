@@ -29,6 +29,8 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from objdyn import clips, families, simulators
 from objdyn.clips import Clip
@@ -75,8 +77,8 @@ from pipeline.timing import (
 )
 
 SCHEMA = 1
-TARGETS = {"ray-train": 0.95, "extract": 0.90, "shard": 0.90, "reader": 2500.0, "integrity": 0.03}
-"""Least ratio to the same work bare; least clips per second; largest share of SHA-256 and fsync."""
+TARGETS = {"ray-train": 0.95, "workers": 1.6, "extract": 0.90, "shard": 0.90, "reader": 2500.0, "integrity": 0.03}
+"""Least ratio to the same work bare, or to one worker; least clips per second; largest share of SHA-256 and fsync."""
 
 SIMULATOR = "balls-interaction"
 FRAMES = 20
@@ -184,6 +186,7 @@ class _Bench:
             "shard": self.shard,
             "extract": self.extract,
             "ray-train": self.ray_train,
+            "workers": self.workers,
             "reference": self.reference,
             "sweep": lambda: sweep_timing.measure(self.folder),
         }[part]()
@@ -321,6 +324,27 @@ class _Bench:
             lambda: side(lambda run: in_child(train_bare, run, niceness=self.niceness)),
         )
         return compare(pairs, "steps/s", TARGETS["ray-train"]) | {"steps": steps, "counted_steps": interval * intervals}
+
+    def workers(self) -> Report:
+        say("workers: trial")
+        trial = in_child(measure_training, self._of_workers(1), 1, 1)
+        steps = 1 + max(2, round(ARM_SECONDS / trial["seconds"]["median"]))
+
+        def side(world: int) -> Arm:
+            run = dataclasses.replace(self._of_workers(world), steps=self.middle + steps, log_every=1)
+            meeting, begin = self._new("meeting"), time.monotonic()
+            with new_processes(world) as pool, _silence():
+                for done in [pool.submit(train_together, run, rank, meeting) for rank in range(world)]:
+                    done.result()
+            counted, seconds = counted_steps(run.out, self.middle)
+            return Arm(counted, seconds, time.monotonic() - begin - seconds * steps / counted)
+
+        say(f"workers: {steps} steps a time, by one and by two workers of one thread")
+        pairs = alternate("workers", self.run.pairs, lambda: side(2), lambda: side(1))
+        return compare(pairs, "steps/s", TARGETS["workers"]) | {"steps": steps}
+
+    def _of_workers(self, world: int) -> TrainRun:
+        return dataclasses.replace(self._from_the_middle(), threads=1, device="cpu", workers=world)
 
     def reference(self) -> Report:
         if self.run.family == "ssm":
@@ -641,6 +665,16 @@ def train_bare(run: TrainRun) -> None:
     loop.train(loop.open_run(run))
 
 
+def train_together(run: TrainRun, rank: int, meeting: str) -> None:
+    """Train as one of the run's workers, which meet at a file, as Ray Train lets them."""
+    if run.workers > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=run.workers)
+    wrap = nn.parallel.DistributedDataParallel if run.workers > 1 else lambda model: model
+    opened = loop.open_run(run) if rank == 0 else run
+    loop.train(opened, loop.Worker(rank=rank, world=run.workers, local_world=run.workers, wrap=wrap))
+
+
 def train_to(run: TrainRun, step: int) -> None:
     """Train one step and save it as if it were another one."""
     save = checkpoint.save_checkpoint
@@ -818,7 +852,7 @@ def _parts(run: BenchmarkRun) -> list[str]:
     """What to measure, in the order of ``BENCHMARK_PARTS``."""
     if run.parts:
         return [part for part in BENCHMARK_PARTS if part in run.parts]
-    left_out = {"sweep"} if run.family in REFERENCES else {"sweep", "reference"}
+    left_out = {"sweep", "workers"} | (set() if run.family in REFERENCES else {"reference"})
     return [part for part in BENCHMARK_PARTS if part not in left_out]
 
 
@@ -877,7 +911,7 @@ def render(report: Report) -> str:
         lines += ["", *_reference_table(report["family"], report["reference"])]
     if "sweep" in report:
         lines += ["", *sweep_timing.table(report["sweep"])]
-    stages = [part for part in ("reader", "shard", "extract", "ray-train") if part in report]
+    stages = [part for part in ("reader", "shard", "extract", "ray-train", "workers") if part in report]
     if stages:
         lines += ["", *_stage_table({part: report[part] for part in stages}, on.get("ray_start_seconds"))]
     if integrity := {part: report[part]["integrity"] for part in stages if "integrity" in report[part]} | (
@@ -957,6 +991,7 @@ def _stage_table(stages: dict[str, Report], ray_start_seconds: float | None) -> 
         "shard": "process pool",
         "extract": "bare encoder",
         "ray-train": "bare loop",
+        "workers": "one worker",
         "probe": "process pool",
         "build": "process pool",
         "writing": "the same loop, writing",
