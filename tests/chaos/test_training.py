@@ -185,10 +185,8 @@ def test_a_driver_is_killed_then_preempted(
     fault: Callable[[str], Any], chance: random.Random, undisturbed: Path, tmp_path: Path, drivers: list[Driver]
 ) -> None:
     out = tmp_path / "run"
-    killed, preempted = (
-        fault("kill -9 of the driver of a training"),
-        fault("SIGTERM to the driver of a training (spot)"),
-    )
+    killed, preempted = fault("kill -9 of a training's driver"), fault("SIGTERM to a training's driver (spot)")
+    kill_at, stop_at = chance.randint(EVERY + 1, 2 * EVERY), chance.randint(2 * EVERY + 2, 3 * EVERY - 2)
     drivers.append(Driver(out))
     wait_for(lambda: step_of(out) >= kill_at)
     drivers[-1].watch()
