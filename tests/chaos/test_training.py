@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoint, loop, stop, train
+from pipeline import checkpoint, failpoints, loop, stop, store, train
 from pipeline.config import TrainRun, with_overrides
 from pipeline.presets import PRESETS
+from pipeline.quickstart import write_videos
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = REPOSITORY / "tests" / "pipeline" / "training_faults.py"
@@ -142,20 +143,23 @@ def test_a_worker_of_ray_is_killed_then_stopped(
 
 
 class Driver:
-    """``jobs/train_iodine.py`` as its user starts it, with a Ray of its own."""
+    """A job as its user starts it, with a Ray of its own."""
 
-    def __init__(self, out: Path, *words: str) -> None:
-        settings = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        job = [sys.executable, str(REPOSITORY / "jobs" / "train_iodine.py"), "debug", *settings]
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
+    def __init__(self, job: str, *words: str, **environment: str) -> None:
+        kept = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
         self.process = subprocess.Popen(
-            [*job, "--out", str(out), *words],
-            env={**environment, "PYTHONPATH": str(REPOSITORY)},
+            [sys.executable, str(REPOSITORY / "jobs" / job), *words],
+            env={**kept, "PYTHONPATH": str(REPOSITORY), **environment},
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
         )
         self.started: set[int] = set()
+
+    @classmethod
+    def training(cls, out: Path, *words: str) -> "Driver":
+        settings = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        return cls("train_iodine.py", "debug", *settings, "--out", str(out), *words)
 
     def watch(self) -> None:
         """Remember what it has started."""
@@ -187,7 +191,7 @@ def test_a_driver_is_killed_then_preempted(
     out = tmp_path / "run"
     killed, preempted = fault("kill -9 of a training's driver"), fault("SIGTERM to a training's driver (spot)")
     kill_at, stop_at = chance.randint(EVERY + 1, 2 * EVERY), chance.randint(2 * EVERY + 2, 3 * EVERY - 2)
-    drivers.append(Driver(out))
+    drivers.append(Driver.training(out))
     wait_for(lambda: step_of(out) >= kill_at)
     drivers[-1].watch()
     drivers[-1].process.kill()
@@ -198,7 +202,7 @@ def test_a_driver_is_killed_then_preempted(
     assert saved is not None
     drivers[-1].end()
 
-    drivers.append(Driver(out, "--resume"))
+    drivers.append(Driver.training(out, "--resume"))
     wait_for(lambda: step_of(out) == saved + 1)
     killed.recovered(time.monotonic() - begin)
     wait_for(lambda: step_of(out) >= stop_at)
@@ -217,7 +221,7 @@ def test_a_driver_is_killed_then_preempted(
     wait_for(lambda: not drivers[-1].left())
     assert not (out / stop.FILE).exists()
 
-    drivers.append(Driver(out, "--resume"))
+    drivers.append(Driver.training(out, "--resume"))
     wait_for(lambda: step_of(out) == last + 1)
     preempted.recovered(time.monotonic() - ended)
     status, said = drivers[-1].end()
@@ -227,3 +231,42 @@ def test_a_driver_is_killed_then_preempted(
     assert tensors_of(out) == tensors_of(undisturbed)
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert names == sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
+
+
+@pytest.mark.chaos
+def test_a_sharding_is_preempted_and_finished_by_the_same_command(
+    fault: Callable[[str], Any], tmp_path: Path, drivers: list[Driver]
+) -> None:
+    videos, counts, count = tmp_path / "videos", tmp_path / "counts", fault("SIGTERM to a sharding (spot)")
+    counts.mkdir()
+    write_videos(str(videos), "train", count=3, frames=20)
+    job = ["make_shards.py", "--source", str(videos), "--frames", "4", "--size", "32", "--clips-per-shard", "4"]
+    rules = {failpoints.VARIABLE: "decode:build=hang*1", failpoints.FOLDER: str(counts)}
+    drivers.append(Driver(*job, "--out", str(tmp_path / "out"), **rules))
+    wait_for(lambda: any(counts.iterdir()))
+    drivers[-1].watch()
+    drivers[-1].process.terminate()
+    count.injected += 1
+    begin = time.monotonic()
+    status, said = drivers[-1].end()
+    assert (status, "error: preempted by SIGTERM; run the same command again" in said) == (stop.STATUS, True), said
+    assert time.monotonic() - begin < 40
+    wait_for(lambda: not drivers[-1].left())
+    for out in (tmp_path / "out", tmp_path / "undisturbed"):
+        drivers.append(Driver(*job, "--out", str(out)))
+        status, said = drivers[-1].end()
+        assert status == 0, said
+    count.recovered()
+    ours, theirs = (shards_of(tmp_path / name) for name in ("out", "undisturbed"))
+    count.wrong += ours != theirs
+    assert ours == theirs
+    assert len(ours) > 3
+
+
+def shards_of(out: Path) -> dict[str, bytes]:
+    """Every file of a dataset but what a killed process left under a temporary name."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and not store.is_temporary(path.name)
+    }
