@@ -349,3 +349,17 @@ def test_a_flag_of_several_values_may_be_repeated(line: str) -> None:
 def test_repeated_values_of_a_preset_replace_its_own() -> None:
     config = {"one": ("One.", Several("there", words=("x",)))}
     assert parse(config, ["one", "--words", "a", "--words", "b"], description="").words == ("a", "b")
+
+
+@pytest.mark.parametrize("words", [["--storage.endpoint-url", "URL"], ["--storage.endpoint_url=URL"]])
+def test_a_stored_run_is_read_from_the_store_that_the_line_names(
+    words: list[str], s3_folder: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = presets.PRESETS["iodine"]["debug"]
+    path = store.join(s3_folder, "config.json")
+    store.publish_json(path, {"family": "iodine", "run": config_to_json(run)})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    words = ["--config", path, "--steps", "7", *[word.replace("URL", s3_endpoint) for word in words]]
+    parsed = parse({"debug": ("Seconds.", run)}, words, description="A job.")
+    assert (parsed.steps, parsed.storage.endpoint_url) == (7, s3_endpoint)
+    assert command("jobs/train_iodine.py", parsed).endswith(f"--storage.endpoint-url {s3_endpoint}")

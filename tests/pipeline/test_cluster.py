@@ -1,12 +1,15 @@
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline import cluster
+from pipeline import cluster, store
+from pipeline.config import StorageConfig
 
 
 def test_private_ray_is_explicit_about_authentication_and_leaves_nothing(tmp_path: Path) -> None:
@@ -95,3 +98,26 @@ def test_cluster_that_cannot_be_joined_is_explained(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(ValueError, match=r"RAY_ADDRESS=10\.0\.0\.1:6379 \(no answer\).*RAY_AUTH_MODE"):
         cluster.connect()
+
+
+@pytest.mark.parametrize("submitted", [False, True])
+def test_workers_of_a_joined_cluster_are_told_the_endpoint_and_no_credentials(
+    submitted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    given: dict[str, Any] = {}
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    if submitted:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, f"http://{name.lower()}")
+    monkeypatch.delenv(store.PROVED, raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: given.update(settings))
+    with store.using(StorageConfig(endpoint_url="http://store:9000", attempts=5)):
+        cluster.connect()
+    told = given["runtime_env"]["env_vars"]
+    assert json.loads(told.pop(store.SETTINGS)) == {"endpoint_url": "http://store:9000", "attempts": 5}
+    # What a submitted job was given with its variables its workers have already, and Ray refuses to hear it twice.
+    assert told == ({} if submitted else {"AWS_ENDPOINT_URL": "http://aws_endpoint_url"})
