@@ -58,11 +58,14 @@ def step_of(out: Path) -> int:
     return 0
 
 
-def wait_for(what: Callable[[], Any]) -> Any:
+def wait_for(what: Callable[[], Any], driver: "Driver | None" = None) -> Any:
+    """What a function gives as soon as that is something; a driver must not end before."""
     deadline = time.monotonic() + WAIT
     while time.monotonic() < deadline:
         if found := what():
             return found
+        if driver is not None and driver.process.poll() is not None:
+            raise ChildProcessError(f"the driver ended: {driver.end()}")
         time.sleep(0.02)
     raise TimeoutError("it did not happen")
 
@@ -192,7 +195,7 @@ def test_a_driver_is_killed_then_preempted(
     killed, preempted = fault("kill -9 of a training's driver"), fault("SIGTERM to a training's driver (spot)")
     kill_at, stop_at = chance.randint(EVERY + 1, 2 * EVERY), chance.randint(2 * EVERY + 2, 3 * EVERY - 2)
     drivers.append(Driver.training(out))
-    wait_for(lambda: step_of(out) >= kill_at)
+    wait_for(lambda: step_of(out) >= kill_at, drivers[-1])
     drivers[-1].watch()
     drivers[-1].process.kill()
     killed.injected += 1
@@ -203,9 +206,9 @@ def test_a_driver_is_killed_then_preempted(
     drivers[-1].end()
 
     drivers.append(Driver.training(out, "--resume"))
-    wait_for(lambda: step_of(out) == saved + 1)
+    wait_for(lambda: step_of(out) == saved + 1, drivers[-1])
     killed.recovered(time.monotonic() - begin)
-    wait_for(lambda: step_of(out) >= stop_at)
+    wait_for(lambda: step_of(out) >= stop_at, drivers[-1])
     drivers[-1].watch()
     drivers[-1].process.terminate()
     preempted.injected += 1
@@ -222,7 +225,7 @@ def test_a_driver_is_killed_then_preempted(
     assert not (out / stop.FILE).exists()
 
     drivers.append(Driver.training(out, "--resume"))
-    wait_for(lambda: step_of(out) == last + 1)
+    wait_for(lambda: step_of(out) == last + 1, drivers[-1])
     preempted.recovered(time.monotonic() - ended)
     status, said = drivers[-1].end()
     assert status == 0, said
@@ -243,7 +246,7 @@ def test_a_sharding_is_preempted_and_finished_by_the_same_command(
     job = ["make_shards.py", "--source", str(videos), "--frames", "4", "--size", "32", "--clips-per-shard", "4"]
     rules = {failpoints.VARIABLE: "decode:build=hang*1", failpoints.FOLDER: str(counts)}
     drivers.append(Driver(*job, "--out", str(tmp_path / "out"), **rules))
-    wait_for(lambda: any(counts.iterdir()))
+    wait_for(lambda: any(counts.iterdir()), drivers[-1])
     drivers[-1].watch()
     drivers[-1].process.terminate()
     count.injected += 1
