@@ -1,0 +1,141 @@
+"""Two jobs on one output folder: races of threads and of real jobs, owners that are killed, silenced and woken."""
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import claim, store
+
+FAULT = "two jobs on one output folder"
+
+
+@pytest.fixture(params=["disk", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "out") if request.param == "disk" else request.getfixturevalue("s3_folder")
+
+
+@pytest.mark.chaos
+def test_at_most_one_holds_whatever_happens_to_the_others(
+    fault: Callable[[str], Any], chance: random.Random, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight challengers again and again; some owners fall silent with their claim, as if their machine had died."""
+    monkeypatch.setattr(claim, "BEAT", 0.05)
+    monkeypatch.setattr(claim, "_place", lambda: f"machine {threading.get_ident()}")  # nobody sees another's process
+    count, lock = fault(FAULT), threading.Lock()
+    holders: list[claim.Claim] = []
+    silent: list[float] = []
+    seeds = [chance.randrange(10**6) for _ in range(8)]
+    until = time.monotonic() + 25
+
+    def challenge(seed: int) -> None:
+        own = random.Random(seed)
+        while time.monotonic() < until:
+            with contextlib.suppress(claim.HeldError), contextlib.ExitStack() as stack:
+                held = stack.enter_context(claim.hold(folder, f"job {seed}"))
+                with lock:
+                    count.injected += 1
+                    if silent:
+                        count.recovered(time.monotonic() - silent.pop())
+                    else:
+                        count.recovered()
+                    holders.append(held)
+                    alive = [each for each in holders if not each._over.is_set()]
+                time.sleep(own.uniform(0, 0.2))
+                still = sum(not _lost(each) for each in alive)
+                count.wrong += still > 1
+                with lock:
+                    holders.remove(held)
+                if own.random() < 0.3:  # dies without a word: the claim stays, nobody renews it
+                    stack.pop_all()
+                    held._over.set()
+                    with lock:
+                        silent.append(time.monotonic())
+            time.sleep(own.uniform(0, 0.1))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(challenge, seeds))
+    assert count.wrong == 0
+    assert count.injected > 5
+    with claim.hold(folder, "the last"):
+        pass
+    assert store.list_names(folder) == []
+
+
+def _lost(held: claim.Claim) -> bool:
+    try:
+        held.check()
+    except claim.LostError:
+        return True
+    return False
+
+
+def job(stage: str, out: Path, *more: str) -> list[str]:
+    if stage == "training":
+        words = ["-m", "pipeline.loop", "iodine/debug", "--data", "sim:balls-interaction", "--steps", "6"]
+        words += ["--set", "checkpoint_every=2", "eval_every=0", "threads=1", "device=cpu"]
+    else:
+        words = ["jobs/make_shards.py", "--source", "sim:balls-interaction", "--limit", "8", "--frames", "4"]
+        words += ["--size", "32", "--clips-per-shard", "2", "--split", "train", "--workers", "1"]
+    return [sys.executable, *words, "--out", str(out), *more]
+
+
+def content(out: Path) -> dict[str, bytes]:
+    paths = [path for path in out.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".tar", ".parquet")]
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("stage", ["shards", "training"])
+def test_of_two_real_jobs_one_wins_and_when_it_is_killed_the_next_goes_on(
+    fault: Callable[[str], Any], stage: str, tmp_path: Path, repository: Path
+) -> None:
+    count = fault(FAULT)
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    run = {"env": environment, "cwd": repository, "text": True, "capture_output": True, "check": False}
+    alone, out, counts = tmp_path / "alone", tmp_path / "out", tmp_path / "counts"
+    undisturbed = subprocess.run(job(stage, alone), **run)  # type: ignore[call-overload]
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    counts.mkdir()
+    point = "publish:step-00000004/COMPLETE" if stage == "training" else "publish:shard-00001.tar"
+    faults = {"OBJDYN_FAILPOINTS": f"{point}=hang", "OBJDYN_FAILPOINTS_DIR": str(counts)}
+    log = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": repository}
+    both = [subprocess.Popen(job(stage, out), env=environment | faults, **log) for _ in range(2)]  # type: ignore[call-overload]
+    try:
+        count.injected += 1
+        deadline = time.monotonic() + 120
+        while all(each.poll() is None for each in both):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (loser,) = [each for each in both if each.poll() is not None]
+        (winner,) = [each for each in both if each.poll() is None]
+        told = loser.communicate()[0]
+        assert loser.returncode == 1, told
+        assert f"is in use by {'train' if stage == 'training' else 'make_shards'}, process {winner.pid} on" in told
+        count.recovered()
+        while not any(counts.iterdir()):  # in the middle of its work
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        for each in both:
+            each.kill()
+            each.communicate()
+    count.injected += 1
+    begin = time.monotonic()
+    last = subprocess.run(job(stage, out, *(["--resume"] if stage == "training" else [])), **run)  # type: ignore[call-overload]
+    assert last.returncode == 0, last.stderr
+    assert "watching whether it still works" not in last.stderr  # it saw at once that the owner is dead
+    count.recovered(time.monotonic() - begin)
+    same = content(out) == content(alone)
+    count.wrong += not same
+    assert same
+    assert not [path for path in out.rglob("*") if claim.is_claim(path.name)]
