@@ -625,7 +625,7 @@ def shard_once(run: ShardRun, folder: str, run_all: Callable[..., list[str]] | N
         plans, _ = shard.plan_shards(run, surveyed.videos)
         built = shard.build_shards(run, surveyed.root, folder, plans, None)
     shutil.rmtree(folder)
-    amounts = [[1.0] * len(surveyed.videos), [float(len(each.rows)) for each in built]]
+    amounts = [[1.0] * len(surveyed.videos), [float(each.clips) for each in built]]
     probe, build = (
         steady([Task(each["worker"], each["begin"], each["end"], amount) for each, amount in zip(*both, strict=True)],
                begin, slots)

@@ -16,6 +16,7 @@ import queue
 import re
 import threading
 import time
+import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -34,6 +35,10 @@ SCHEMA = 1
 """Version of the dataset folder that this code reads."""
 LEAST_CLIP = 1024
 """Bytes of a clip in a tar, at least: a header, and data."""
+FETCHES = 4
+"""Shards that a worker fetches side by side: one stream of object storage is far slower than a network."""
+LOCKS = 16
+"""Shards that one machine fetches side by side, at most."""
 SIM_SHARD = 50
 """Episodes of one virtual shard of a simulator: its physics is computed at once."""
 
@@ -128,7 +133,7 @@ def sample_order(shard_sizes: Sequence[int], seed: int, epoch: int, window_shard
 class _EpochOrder:
     """``sample_order`` a window at a time: an epoch of 10^8 samples would take 1.6 GB, and its windows are independent.
 
-    A window's raw numbers begin where those of the shards and of the windows before it end; Philox can go there at once.
+    A window's raw numbers begin where those of the shards and of the windows before it end, and Philox can go there.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, epoch: int, window_shards: int) -> None:
@@ -326,14 +331,14 @@ def iter_clips(
 
 
 class _OpenShards:
-    """The shards in use, ``window`` + 1 at most; the next window is fetched ahead by a thread of its own."""
+    """The shards in use, ``window`` + 1 at most; the next window is fetched ahead by threads of its own."""
 
     def __init__(self, source: Source, window: int) -> None:
         self._source = source
         self._window = window
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._asked: set[int] = set()
-        self._fetching = ThreadPoolExecutor(1, thread_name_prefix="objdyn-fetch")
+        self._fetching = ThreadPoolExecutor(FETCHES, thread_name_prefix="objdyn-fetch")
 
     def get(self, number: int, order: _EpochOrder, place: int) -> Shard:
         """Return a shard, for the sample at a place of an epoch's order."""
@@ -354,7 +359,7 @@ class _OpenShards:
         return self._open[number]
 
     def close(self) -> None:
-        """End the thread and let the shards go."""
+        """End the threads and let the shards go."""
         self._fetching.shutdown(cancel_futures=True)
         self._open.clear()
 
@@ -546,10 +551,12 @@ class _FolderSource:
                         f"{shown} is damaged: it has {status.st_size} bytes, the manifest says {listed.bytes}; "
                         "restore it or make the dataset again"
                     )
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+                # What is about to be hashed is mapped at once, not by a fault for every few pages.
+                populate = 0 if state in self._verified else getattr(mmap, "MAP_POPULATE", 0)
+                data = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | populate, mmap.PROT_READ)
         except FileNotFoundError:
             raise ValueError(f"{shown} is missing, but the manifest lists it; restore it") from None
-        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if state not in self._verified:
             if hashlib.sha256(data).hexdigest() != listed.sha256:
                 raise ValueError(
@@ -614,17 +621,29 @@ class _Cache:
         path = os.path.join(self._folder, sha256)
         if not os.path.exists(path):
             os.makedirs(self._folder, exist_ok=True)
-            with open(os.path.join(self._folder, ".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with self._lock(sha256):
                 if not os.path.exists(path):
                     try:
                         store.fetch(url, path)
                     except FileNotFoundError:
                         raise ValueError(f"{url} is missing, but the manifest lists it; restore it") from None
-                    self._evict(path)
+            with self._lock():
+                self._evict(path)
         with contextlib.suppress(FileNotFoundError):
             os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))  # the time of use; not all disks keep it
         return path
+
+    @contextlib.contextmanager
+    def _lock(self, sha256: str = "", wait: bool = True) -> Iterator[bool]:
+        """Hold the lock of a file, which some share, or of the folder; False if it would have to ``wait``."""
+        name = f".lock-{zlib.crc32(sha256.encode()) % LOCKS}" if sha256 else ".lock"
+        with open(os.path.join(self._folder, name), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
 
     def drop(self, sha256: str) -> None:
         """Remove a copy."""
@@ -634,10 +653,13 @@ class _Cache:
         files: list[tuple[int, int, str]] = []
         for entry in os.scandir(self._folder):
             if entry.name.endswith(".tmp"):
-                store.remove(entry.path)  # left by a killed process: who holds the lock is the only writer
-            elif entry.name != ".lock":
-                status = entry.stat()
-                files.append((status.st_atime_ns, status.st_size, entry.path))
+                with self._lock(entry.name.split(".")[1], wait=False) as alone:
+                    if alone:  # left by a killed process: who holds the lock is the only writer
+                        store.remove(entry.path)
+            elif not entry.name.startswith(".lock"):
+                with contextlib.suppress(FileNotFoundError):  # dropped by another process since it was listed
+                    status = entry.stat()
+                    files.append((status.st_atime_ns, status.st_size, entry.path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total > self._limit and path != newest:

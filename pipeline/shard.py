@@ -9,6 +9,7 @@ hang or bloat the process that reads it: Ray gives such a task a second try, the
 process of its own (``isolate.py``), which tells the guilty one from its neighbours.
 """
 
+import base64
 import contextlib
 import dataclasses
 import functools
@@ -22,7 +23,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -72,6 +74,14 @@ INDEX_SCHEMA = pa.schema(
         ("fps", pa.float64()),
     ]
 )
+SHORT = ("scan", "probe")
+"""Tasks that take a fraction of a second."""
+ITEMS_PER_TASK, TASKS = 16, 10_000
+"""Most short items in a task; more than that where it takes more to have at most so many tasks."""
+VIDEOS_AT_ONCE = 200_000
+"""Videos whose requests and answers the driver holds at a time while it probes."""
+SHARDS_AT_ONCE = 8
+"""Shards of an earlier run that the driver hashes side by side."""
 QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "stage", "code", "message")])
 
 
@@ -126,11 +136,18 @@ class Built:
     name: str
     bytes: int
     sha256: str
-    rows: list[dict[str, Any]]
-    """Rows of the index."""
+    clips: int
+    index: pa.Buffer
+    """Rows of the index as a compressed Arrow stream, since the driver holds those of all shards: 10^7 dicts of Python
+    are 12 GB. ``rows`` reads it."""
     channels: int = 0
     """Of every clip; 0 where there is none."""
     quarantined: list[Quarantined] = field(default_factory=list)
+
+    @property
+    def rows(self) -> pa.Table:
+        """Rows of the index."""
+        return pa.ipc.open_stream(self.index).read_all()
 
 
 @store.job_into_folder
@@ -169,7 +186,7 @@ def _shard(run: ShardRun, source: str, folder: str, held: claim.Claim) -> str:
     if not reason:
         built = build_shards(run, surveyed.root, folder, plans, previous)
         quarantined += [row for each in built for row in each.quarantined]
-        reason = _refusal(run, surveyed, quarantined, sum(len(each.rows) for each in built))
+        reason = _refusal(run, surveyed, quarantined, sum(each.clips for each in built))
     balance = _balance(surveyed, plans, built, quarantined)
     for line in _notes(surveyed, quarantined):
         print(line)
@@ -228,17 +245,19 @@ def survey(run: ShardRun, root: str, found: Found) -> Survey:
         ignored += sum(part["ignored"] for part in parts)
         quarantined += [_quarantined(Fault(*fault), "scan") for part in parts for fault in part["faults"]]
     videos = videos[: run.limit]
-    results = _run_all(
-        functools.partial(_guarded, run, functools.partial(_probe, run, root)),
-        [_to_json(video) for video in videos],
-        "probe",
-        functools.partial(_survey_alone, run, root, "probe"),
-    )
     probed = []
-    for video, result in zip(videos, map(json.loads, results), strict=True):
-        if "fault" in result:
-            quarantined.append(_quarantined(Fault(*result["fault"]), "probe"))
-        probed.append(video if "fault" in result else _video(result["video"]))
+    for first in range(0, len(videos), VIDEOS_AT_ONCE):
+        some = videos[first : first + VIDEOS_AT_ONCE]
+        results = _run_all(
+            functools.partial(_guarded, run, functools.partial(_probe, run, root)),
+            [_to_json(video) for video in some],
+            "probe",
+            functools.partial(_survey_alone, run, root, "probe"),
+        )
+        for video, result in zip(some, map(json.loads, results), strict=True):
+            if "fault" in result:
+                quarantined.append(_quarantined(Fault(*result["fault"]), "probe"))
+            probed.append(video if "fault" in result else _video(result["video"]))
     return Survey(root, tuple(probed), tuple(quarantined), ignored)
 
 
@@ -322,13 +341,12 @@ def build_shards(
     missing = [plan for plan in plans if plan.shard not in kept]
     expected = {} if previous is None else {entry["name"]: entry["sha256"] for entry in previous["shards"]}
     task = functools.partial(_guarded, run, functools.partial(build_shard, run, root, folder))
-    items = [
-        json.dumps({"plan": plan, "sha256": expected.get(plan.name)}, default=dataclasses.asdict) for plan in missing
-    ]
+    items = [json.dumps({"plan": plan, "sha256": expected.get(plan.name)}, default=vars) for plan in missing]
     results = _run_all(task, items, "build", functools.partial(_build_alone, run, root, folder))
     for plan, result in zip(missing, map(json.loads, results), strict=True):
-        quarantined = [Quarantined(*row) for row in result.pop("quarantined")]
-        kept[plan.shard] = Built(**result, quarantined=quarantined)
+        quarantined = [Quarantined(*row) for row in result["quarantined"]]
+        index = pa.py_buffer(base64.b64decode(result["index"]))
+        kept[plan.shard] = Built(**{**result, "index": index, "quarantined": quarantined})
     return [kept[plan.shard] for plan in plans]
 
 
@@ -365,7 +383,9 @@ def build_shard(run: ShardRun, root: str, folder: str, item: str) -> str:
                 channels.add(clip.frames.shape[-1])
 
     published = store.publish_file(store.join(folder, plan.name), _unchanged(write, request["sha256"], plan.name))
-    return json.dumps(dataclasses.asdict(Built(plan.name, *published, rows, _one_number(channels), quarantined)))
+    index = _index(_table(INDEX_SCHEMA, rows))
+    built = Built(plan.name, *published, len(rows), index, _one_number(channels), quarantined)
+    return json.dumps({**vars(built), "index": base64.b64encode(index).decode()})
 
 
 def describe(balance: Mapping[str, int]) -> str:
@@ -497,9 +517,7 @@ def _scan(run: ShardRun, root: str, item: str) -> str:
         found = Found((), 0, (_fault(container, error),))
     finally:
         source.check()
-    return json.dumps(
-        {"videos": found.videos, "ignored": found.ignored, "faults": found.faults}, default=dataclasses.asdict
-    )
+    return json.dumps({"videos": found.videos, "ignored": found.ignored, "faults": found.faults}, default=vars)
 
 
 def _probe(run: ShardRun, root: str, item: str) -> str:
@@ -512,7 +530,7 @@ def _probe(run: ShardRun, root: str, item: str) -> str:
             run.preprocessing().box(probed.height, probed.width)
         except ValueError as error:
             raise VideoError("bad-geometry", str(error)) from error
-        result = {"video": dataclasses.asdict(probed)}
+        result = {"video": vars(probed)}
     except READING_FAILS as error:
         result = {"fault": _fault(video, error)}
     finally:
@@ -718,8 +736,9 @@ def _ask_children(run: ShardRun, task: str, root: str, folder: str, items: Seque
 def _run_tasks(task: Callable[[str], str], items: Sequence[str], label: str) -> dict[int, str]:
     """Run a task on every item; items whose worker died twice or that ran out of memory are absent from the result.
 
-    One item per block and one retry, since Ray would retry a task whose process dies for ever. A kill by Ray's memory
-    monitor has a count of its own, which ``cluster.connect`` bounds.
+    One block per task and one retry, since Ray would retry a task whose process dies for ever. A kill by Ray's memory
+    monitor has a count of its own, which ``cluster.connect`` bounds. Short items share a task, since Ray Data starts no
+    more than some fifty in a second; they are then lost together.
     """
     if not items:
         return {}
@@ -741,7 +760,7 @@ def _run_tasks(task: Callable[[str], str], items: Sequence[str], label: str) -> 
     context.max_errored_blocks, context.enable_progress_bars = -1, False
     results: dict[int, str] = {}
     try:
-        blocks = ray.data.from_items(rows, override_num_blocks=len(rows))
+        blocks = ray.data.from_items(rows, override_num_blocks=_num_tasks(label, len(rows)))
         progress = _Progress(label, len(rows))
         with warnings.catch_warnings():
             # Ray 2.60 means to replace this argument by a named one, but has none for retries yet.
@@ -757,6 +776,17 @@ def _run_tasks(task: Callable[[str], str], items: Sequence[str], label: str) -> 
     finally:
         context.max_errored_blocks, context.enable_progress_bars = before
     return results
+
+
+def _num_tasks(label: str, items: int) -> int:
+    """Into how many tasks to put some items: each its own, unless there are more short ones than keep all CPUs busy."""
+    if label not in SHORT:
+        return items
+    import ray
+
+    enough = 8 * int(ray.cluster_resources().get("CPU", 1))
+    per_task = max(1, min(items // enough, max(ITEMS_PER_TASK, items // TASKS)))
+    return -(-items // per_task)
 
 
 class _Progress:
@@ -785,7 +815,7 @@ class _Progress:
 
 
 def _to_json(video: Video) -> str:
-    return json.dumps(dataclasses.asdict(video))
+    return json.dumps(vars(video))
 
 
 def _video(fields: dict[str, Any]) -> Video:
@@ -905,15 +935,18 @@ def _intact(folder: str, previous: Mapping[str, Any], plans: Sequence[Plan]) -> 
     try:
         index = store.read_bytes(store.join(folder, "index.parquet"), previous["index"]["sha256"])
         failures = _build_failures(folder, previous)
+        file, groups = pq.ParquetFile(pa.BufferReader(index)), {e["name"]: i for i, e in enumerate(previous["shards"])}
+        if file.num_row_groups != len(groups):
+            raise ValueError("the index has another number of shards than the manifest")
     except (FileNotFoundError, ValueError):
         return {}  # every shard is built again and compared with the manifest
-    rows = pq.read_table(io.BytesIO(index)).to_pylist()
-    listed = {name: list(group) for name, group in itertools.groupby(rows, key=lambda row: row["shard"])}
-    failed, entries = {row.source for row in failures}, {entry["name"]: entry for entry in previous["shards"]}
-    intact = {}
+    failed, done = {row.source for row in failures}, 0
+    intact: dict[int, Built] = {}
     for plan in plans:
-        there = listed.get(plan.name, [])
-        keys = {row["key"] for row in there}
+        group = groups.get(plan.name)
+        rows = INDEX_SCHEMA.empty_table() if group is None else file.read_row_group(group)
+        found = list(zip(*(rows[name].to_pylist() for name in ("key", "source", "start_frame")), strict=True))
+        keys = {key for key, _, _ in found}
         wanted = [
             (cut.key, part.video.source, cut.start)
             for part in plan.parts
@@ -922,20 +955,26 @@ def _intact(folder: str, previous: Mapping[str, Any], plans: Sequence[Plan]) -> 
         ]
         lost = [part.video.source for part in plan.parts if any(cut.key not in keys for cut in part.cuts)]
         # The table lists failures by shard, then by place in the shard.
-        failures, here = failures[len(lost) :], failures[: len(lost)]
-        same = [(row["key"], row["source"], row["start_frame"]) for row in there] == wanted
-        if not same or [row.source for row in here] != lost:
+        here = failures[done : done + len(lost)]
+        done += len(lost)
+        if found != wanted or [row.source for row in here] != lost:
             raise ValueError(
                 f"{folder} already holds a dataset of other videos than the source holds now ({plan.name} differs)"
                 f"{_OR_LIMITS}"
             )
-        path, entry = store.join(folder, plan.name), entries.get(plan.name)
-        if entry is None:
-            intact[plan.shard] = Built(plan.name, 0, "", [], 0, here)  # all its clips were lost
-        elif store.exists(path) and store.sha256_file(path) == entry["sha256"]:
-            channels = previous["channels"]
-            intact[plan.shard] = Built(plan.name, entry["bytes"], entry["sha256"], there, channels, here)
-    return intact
+        if group is None:
+            intact[plan.shard] = Built(plan.name, 0, "", 0, _index(rows), 0, here)  # all its clips were lost
+        else:
+            size, sha256 = (previous["shards"][group][name] for name in ("bytes", "sha256"))
+            intact[plan.shard] = Built(plan.name, size, sha256, len(found), _index(rows), previous["channels"], here)
+
+    def is_whole(built: Built) -> bool:
+        path = store.join(folder, built.name)
+        return not built.clips or (store.exists(path) and store.sha256_file(path) == built.sha256)
+
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        whole = list(pool.map(is_whole, intact.values()))
+    return {number: built for (number, built), good in zip(intact.items(), whole, strict=True) if good}
 
 
 def _build_failures(folder: str, previous: Mapping[str, Any]) -> list[Quarantined]:
@@ -1006,22 +1045,19 @@ def _balance(
     """Count inputs and outputs independently of each other."""
     unusable = {row.source for row in quarantined}
     read = {part.video.source for plan in plans for part in plan.parts} - unusable
-    written = {row["key"] for shard in built for row in shard.rows}
-    lost = [
-        cut.key
-        for plan in plans
-        for part in plan.parts
-        for cut in part.cuts
-        if part.video.source in unusable and cut.key not in written
-    ]
+    lost = 0
+    for plan, shard in itertools.zip_longest(plans, built):
+        failed = [part for part in plan.parts if part.video.source in unusable]
+        written = _keys(shard) if failed and shard is not None else set[str]()
+        lost += sum(cut.key not in written for part in failed for cut in part.cuts)
     return {
         "videos": _inputs(survey),
         "read": len(read),
         "quarantined": len(unusable),
         "ignored": survey.ignored,
         "noted": sum(bool(video.note) for video in survey.videos),
-        "clips": sum(len(shard.rows) for shard in built),
-        "lost": len(lost),
+        "clips": sum(shard.clips for shard in built),
+        "lost": lost,
     }
 
 
@@ -1031,11 +1067,14 @@ def _check_balance(balance: Mapping[str, int], plans: Sequence[Plan], built: Seq
     Raises:
         ValueError: they do not add up.
     """
-    planned = [cut.key for plan in plans for part in plan.parts for cut in part.cuts]
-    written = {row["key"] for shard in built for row in shard.rows}
+    planned = sum(plan.clips for plan in plans)
+    strange = any(
+        _keys(shard) - {cut.key for part in plan.parts for cut in part.cuts}
+        for plan, shard in zip(plans, built, strict=True)
+    )
     closes = balance["videos"] == balance["read"] + balance["quarantined"]
-    if not closes or len(planned) != balance["clips"] + balance["lost"] or written - set(planned):
-        raise ValueError(f"the counts do not add up, nothing was published: {balance}, clips planned {len(planned)}")
+    if not closes or planned != balance["clips"] + balance["lost"] or strange:
+        raise ValueError(f"the counts do not add up, nothing was published: {balance}, clips planned {planned}")
 
 
 def _publish_reasons(folder: str, quarantined: Sequence[Quarantined], previous: Mapping[str, Any] | None) -> str:
@@ -1056,8 +1095,8 @@ def _publish(
     quarantined: Sequence[Quarantined],
     previous: Mapping[str, Any] | None,
 ) -> store.Published:
-    shards = [shard for shard in built if shard.rows]
-    index = _parquet(INDEX_SCHEMA, [shard.rows for shard in shards])
+    shards = [shard for shard in built if shard.clips]
+    index = _parquet(INDEX_SCHEMA, (shard.rows for shard in shards))
     table = _quarantine_table(quarantined)
     size = settings["preprocessing"]["size"]
     manifest = {
@@ -1073,7 +1112,7 @@ def _publish(
         "index": _entry(index),
         "quarantine": {"rows": len(quarantined), **_entry(table)},
         "shards": [
-            {"name": shard.name, "bytes": shard.bytes, "samples": len(shard.rows), "sha256": shard.sha256}
+            {"name": shard.name, "bytes": shard.bytes, "samples": shard.clips, "sha256": shard.sha256}
             for shard in shards
         ],
     }
@@ -1082,7 +1121,7 @@ def _publish(
             f"{folder} already holds a dataset of other content (the source has changed since); choose another --out"
         )
     for shard in built:
-        if not shard.rows:
+        if not shard.clips:
             store.remove(store.join(folder, shard.name))
     store.publish(store.join(folder, "index.parquet"), index)
     store.publish(store.join(folder, "quarantine.parquet"), table)
@@ -1090,16 +1129,31 @@ def _publish(
 
 
 def _quarantine_table(quarantined: Sequence[Quarantined]) -> bytes:
-    return _parquet(QUARANTINE_SCHEMA, [[row._asdict() for row in quarantined]])
+    return _parquet(QUARANTINE_SCHEMA, [_table(QUARANTINE_SCHEMA, [row._asdict() for row in quarantined])])
 
 
 def _entry(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _parquet(schema: pa.Schema, groups: Sequence[list[dict[str, Any]]]) -> bytes:
+def _table(schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(cast(Any, rows), schema=schema)
+
+
+def _index(rows: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(rows)
+    return sink.getvalue()
+
+
+def _keys(shard: Built) -> set[str]:
+    return set(shard.rows["key"].to_pylist())
+
+
+def _parquet(schema: pa.Schema, groups: Iterable[pa.Table]) -> bytes:
     buffer = io.BytesIO()
     with pq.ParquetWriter(buffer, schema, compression="zstd", write_page_checksum=True) as writer:
         for rows in groups:
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=max(1, len(rows)))
+            writer.write_table(rows, row_group_size=max(1, rows.num_rows))
     return buffer.getvalue()

@@ -16,11 +16,13 @@ import hashlib
 import io
 import itertools
 import mmap
+import operator
 import os
 import re
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -364,7 +366,7 @@ def _verify_split(folder: Folder, work: "_Work") -> str:
         return ""
     shards: list[dict[str, Any]] = manifest["shards"]
     shape = tuple(manifest[name] for name in ("frames", "height", "width", "channels"))
-    groups: list[pa.Table] | None = None
+    groups: _Index | None = None
     with folder.reading("index.parquet"):
         groups = _read_index(folder, manifest)
     with folder.reading("quarantine.parquet"):
@@ -425,7 +427,21 @@ def _check_manifest(fields: Mapping[str, Any], folder: str) -> None:
             raise FaultError(f"{what} contradict each other ({_shorten(one)} and {_shorten(other)}); {ANEW}")
 
 
-def _read_index(folder: Folder, manifest: Mapping[str, Any]) -> list[pa.Table]:
+class _Index:
+    """The rows of each shard, decoded when they are asked for: those of 10^7 clips would take 2 GB. Safe in threads."""
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._file, self._lock = file, threading.Lock()
+
+    def __getitem__(self, shard: int) -> pa.Table:
+        with self._lock:
+            return self._file.read_row_group(shard)
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        return map(self.__getitem__, range(self._file.num_row_groups))
+
+
+def _read_index(folder: Folder, manifest: Mapping[str, Any]) -> _Index:
     """Read the index, the rows of each shard apart.
 
     Raises:
@@ -435,16 +451,13 @@ def _read_index(folder: Folder, manifest: Mapping[str, Any]) -> list[pa.Table]:
     file = _parquet(folder.at("index.parquet"), manifest["index"], INDEX_SCHEMA)
     if file.num_row_groups != len(shards):
         raise FaultError(f"{file.num_row_groups} row groups for {len(shards)} shards; {REMAKE}")
-    groups = [file.read_row_group(number) for number in range(len(shards))]
-    keys: dict[str, str] = {}
+    groups, last, in_order = _Index(file), "", True
     for listed, rows in zip(shards, groups, strict=True):
         name = listed["name"]
         if rows.num_rows != listed["samples"]:
             raise FaultError(f"{rows.num_rows} clips of {name}, {listed['samples']} recorded; {REMAKE}")
-        for key in rows["key"].to_pylist():
-            if key in keys:
-                raise FaultError(f"clip {key} is in {keys[key]} and again in {name}; a key comes once; {REMAKE}")
-            keys[key] = name
+        keys = [last, *rows["key"].to_pylist()]
+        in_order, last = in_order and all(map(operator.lt, keys, keys[1:])), keys[-1]
         starts = rows["start_frame"].to_numpy() - preprocessing["start"]
         said = [
             ("shard", rows["shard"].unique().to_pylist(), [name]),
@@ -456,6 +469,8 @@ def _read_index(folder: Folder, manifest: Mapping[str, Any]) -> list[pa.Table]:
         for what, found, wanted in said:
             if found != wanted:
                 raise FaultError(f"{what} of the clips of {name} is {_shorten(found)}, recorded {wanted}; {REMAKE}")
+    if not in_order:  # else they are distinct
+        _check_keys_once(shards, groups)
     blank = Clip("x", np.zeros((1, 1, 1, 3), np.uint8), 1.0, 0, 1, "x")
     member = next(iter(to_sample(blank, manifest["codec"])))
     found = [m["name"] for m in groups[0]["members"][0].as_py()]
@@ -464,7 +479,23 @@ def _read_index(folder: Folder, manifest: Mapping[str, Any]) -> list[pa.Table]:
     return groups
 
 
-def _check_quarantine(folder: Folder, manifest: Mapping[str, Any], groups: Sequence[pa.Table] | None) -> None:
+def _check_keys_once(shards: Sequence[Mapping[str, Any]], groups: _Index) -> None:
+    """Compare all keys with each other, which takes memory for every one.
+
+    Raises:
+        FaultError: a key comes twice.
+    """
+    keys: dict[str, str] = {}
+    for listed, rows in zip(shards, groups, strict=True):
+        for key in rows["key"].to_pylist():
+            if key in keys:
+                raise FaultError(
+                    f"clip {key} is in {keys[key]} and again in {listed['name']}; a key comes once; {REMAKE}"
+                )
+            keys[key] = listed["name"]
+
+
+def _check_quarantine(folder: Folder, manifest: Mapping[str, Any], groups: _Index | None) -> None:
     """Read the inputs that could not be used, and count sources in both tables again.
 
     Raises:

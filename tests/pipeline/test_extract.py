@@ -317,6 +317,25 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
+def test_what_is_left_to_do_is_told_by_three_listings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    job = module.Job("", "", str(tmp_path), None, 1, "cpu", tables.Provenance("ddlp", "", "", "test", True))
+    parts = [module.Part(f"shard-{number:05d}", number, 1) for number in range(8)]
+    names = ("parts/{}.json", "objects/{}.parquet", "frames/{}.parquet")
+    for part in parts:
+        for bit, name in enumerate(names):
+            path = tmp_path / name.format(part.name)
+            path.parent.mkdir(exist_ok=True)
+            if part.shard >> bit & 1:
+                path.touch()
+    wanted = [part for part in parts if not all((tmp_path / name.format(part.name)).exists() for name in names)]
+    asked: list[str] = []
+    list_names = store.list_names
+    monkeypatch.setattr(store, "exists", asked.append)
+    monkeypatch.setattr(store, "list_names", lambda folder: asked.append(folder) or list_names(folder))
+    assert module._undone(job, parts) == wanted == parts[:7]
+    assert len(asked) == 3
+
+
 @pytest.mark.usefixtures("without_ray")
 def test_a_part_counts_as_done_only_with_the_record_of_its_own_attempt(
     make_run: Callable[..., ExtractRun], monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,8 @@ def test_an_order_in_windows_is_that_of_the_whole_epoch() -> None:
 def test_an_epoch_of_ten_million_clips_is_opened_without_its_samples() -> None:
     order = _EpochOrder((1000,) * 10_000, seed=0, epoch=0, window_shards=8)
     shard, index = order.sample(9_999_999)
-    assert (0 <= shard < 10_000) and (0 <= index < 1000)
+    assert 0 <= shard < 10_000
+    assert 0 <= index < 1000
     assert order.window(1249).nbytes == 8 * 1000 * 16
     held = sum(each.nbytes for each in vars(order).values() if isinstance(each, np.ndarray))
     assert held < 2 * 8 * 10_000 + 64
@@ -577,6 +579,31 @@ def test_cache_lets_the_oldest_go(s3_folder: str, cache: Path) -> None:
     assert kept >= {names[n].hexdigest() for n in (0, 2, 3)}
     assert names[1].hexdigest() not in kept
     assert ".left.tmp" not in kept
+
+
+def test_files_are_fetched_side_by_side_and_each_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    met, fetched = threading.Barrier(2, timeout=10), []
+
+    def fetch(url: str, path: str) -> None:
+        fetched.append(url)
+        unfinished = Path(path).with_name(f".{Path(path).name}.{'1' * 32}.tmp")
+        unfinished.write_bytes(b"half")
+        met.wait()
+        unfinished.rename(path)  # fails if the other fetch, which ended first, has taken it for a leftover
+        Path(path).write_bytes(url.encode())
+
+    monkeypatch.setattr(store, "fetch", fetch)
+    held, names = reader._Cache(1000), ["a" * 64, "b" * 64]
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda name: held.fetch(name[0], name), names * 2))
+    assert sorted(fetched) == ["a", "b"]
+    assert [Path(path).read_text() for path in paths] == ["a", "b"] * 2
+    left, writing = (cache / f".{name}.{'2' * 32}.tmp" for name in names)
+    left.touch()
+    writing.touch()
+    with held._lock(names[1]):
+        held._evict(paths[0])
+    assert (left.exists(), writing.exists()) == (False, True)
 
 
 def test_damaged_copy_in_the_cache_is_fetched_again(s3_folder: str, cache: Path) -> None:

@@ -1,3 +1,4 @@
+import base64
 import dataclasses
 import hashlib
 import io
@@ -5,8 +6,10 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -195,7 +198,8 @@ def test_a_video_that_fails_while_building_is_quarantined_with_its_clips_lost(so
     item = json.dumps({"plan": plan, "sha256": None}, default=dataclasses.asdict)
     built = json.loads(build_shard(run, str(source), str(tmp_path / "train"), item))
     assert [row[:3] for row in built["quarantined"]] == [["a.mp4", "build", "changed"]]
-    assert [row["key"] for row in built["rows"]][-3:] == [f"train-v00001-c{i:04d}" for i in range(3)]
+    rows = pa.ipc.open_stream(base64.b64decode(built["index"])).read_all()
+    assert rows["key"].to_pylist()[-3:] == [f"train-v00001-c{i:04d}" for i in range(3)]
 
 
 def test_too_large_a_quarantined_share_fails_from_100_inputs_on(source: Path, tmp_path: Path) -> None:
@@ -230,6 +234,20 @@ def test_items_whose_worker_dies_twice_or_lacks_memory_are_done_in_another_way(
     assert results == ["good", "alone crash", "fine", "alone hog"]
     assert "died twice, or ran out of memory, on 2 of 4 tasks" in capsys.readouterr().out
     assert ((tmp_path / "crash").read_text(), (tmp_path / "hog").read_text()) == ("xx", "x")
+
+
+def test_of_short_items_that_share_a_task_those_around_a_death_are_done_in_another_way() -> None:
+    def fail(item: str) -> str:
+        if item == "50":
+            os._exit(1)
+        return item
+
+    items, alone = [str(n) for n in range(100)], []
+    per_task = -(-100 // sharding._num_tasks("probe", 100))
+    results = sharding._run_all(fail, items, "probe", lambda lost: [alone.append(item) or f"({item})" for item in lost])
+    assert 1 < per_task == len(alone)
+    assert "50" in alone
+    assert results == [f"({item})" if item in alone else item for item in items]
 
 
 def test_a_failing_task_says_why() -> None:
@@ -380,6 +398,35 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
 
 def test_parquet_is_the_same_for_the_same_rows() -> None:
     rows = [{"source": "a", "stage": "probe", "code": "x", "message": "y"}]
-    first, second = (sharding._parquet(sharding.QUARANTINE_SCHEMA, [rows]) for _ in range(2))
+    table = pa.Table.from_pylist(rows, schema=sharding.QUARANTINE_SCHEMA)
+    first, second = (sharding._parquet(sharding.QUARANTINE_SCHEMA, [table]) for _ in range(2))
     assert first == second
     assert pq.read_table(io.BytesIO(first)).to_pylist() == rows
+
+
+def test_rows_that_travelled_give_the_index_that_rows_in_memory_give() -> None:
+    """As dicts, which the driver held of every shard once, and as what workers send now."""
+
+    def row(shard: int, i: int) -> dict[str, Any]:
+        names = ("frames.npy.zst", "json", "segmentation.npy")[: 2 + i % 2]
+        members = [{"name": name, "offset": 512 + 7 * i, "size": 44_000 + i} for name in names]
+        place = {"shard": f"shard-{shard:05d}.tar", "key": f"train-v{shard:05d}-c{i:04d}", "members": members}
+        return place | {"source": f"a/{i}.mp4", "start_frame": 20 * i, "stride": 2, "frames": 20, "fps": 25.0 + i / 3}
+
+    groups = [[row(shard, i) for i in range(50 + shard)] for shard in range(3)]
+    plain = io.BytesIO()
+    with pq.ParquetWriter(plain, sharding.INDEX_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+        for rows in groups:
+            table = pa.Table.from_pylist(rows, schema=sharding.INDEX_SCHEMA)
+            writer.write_table(table, row_group_size=len(rows))
+    streams = [sharding._index(sharding._table(sharding.INDEX_SCHEMA, rows)) for rows in groups]
+    built = [sharding.Built("x", 1, "", len(rows), s) for rows, s in zip(groups, streams, strict=True)]
+    assert sharding._parquet(sharding.INDEX_SCHEMA, (each.rows for each in built)) == plain.getvalue()
+    assert sum(map(len, streams)) < 40 * sum(map(len, groups))
+
+
+def test_short_tasks_share_one_only_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    counts = (1, 63, 64, 512, 10_000, 1_000_000)
+    assert [sharding._num_tasks("probe", n) for n in counts] == [1, 63, 32, 32, 625, 10_000]
+    assert [sharding._num_tasks("build", n) for n in counts] == list(counts)
