@@ -43,6 +43,7 @@ from pipeline import (
     quickstart,
     reference,
     reference_ddlp,
+    scale,
     shard,
     store,
     sweep_timing,
@@ -189,6 +190,7 @@ class _Bench:
             "workers": self.workers,
             "reference": self.reference,
             "sweep": lambda: sweep_timing.measure(self.folder),
+            "scale": self.scale,
         }[part]()
 
     def train(self) -> Report:
@@ -352,6 +354,14 @@ class _Bench:
         if self.run.family == "ddlp":
             return reference_ddlp.measure(self.run.steps, self.run.pairs, say)
         return reference.measure(self.run.family, self.run.steps, say)
+
+    def scale(self) -> Report:
+        videos, data = self._new("videos"), self._new("data")
+        write_videos(videos, 3 * max(scale.WORKERS) * scale.SHARD_CLIPS * FRAMES // VIDEO_FRAMES)
+        self._write_dataset(data, scale.PARTS * scale.PART_CLIPS, scale.PART_CLIPS)
+        run = dataclasses.replace(self._train_run(), steps=self.run.steps * 30, log_every=self.run.steps * 5, threads=1)
+        optim = dataclasses.replace(run.optim, batch_size=scale.MICRO_BATCHES * run.micro_batch_size)
+        return scale.measure(self.folder, videos, data, self._checkpoint(), dataclasses.replace(run, optim=optim))
 
     def _train_run(self) -> TrainRun:
         """The preset on generated data, with nothing but steps and the last checkpoint."""
@@ -852,7 +862,7 @@ def _parts(run: BenchmarkRun) -> list[str]:
     """What to measure, in the order of ``BENCHMARK_PARTS``."""
     if run.parts:
         return [part for part in BENCHMARK_PARTS if part in run.parts]
-    left_out = {"sweep", "workers"} | (set() if run.family in REFERENCES else {"reference"})
+    left_out = {"sweep", "scale", "workers"} | (set() if run.family in REFERENCES else {"reference"})
     return [part for part in BENCHMARK_PARTS if part not in left_out]
 
 
@@ -911,6 +921,8 @@ def render(report: Report) -> str:
         lines += ["", *_reference_table(report["family"], report["reference"])]
     if "sweep" in report:
         lines += ["", *sweep_timing.table(report["sweep"])]
+    if "scale" in report:
+        lines += ["", *scale.table(report["scale"])]
     stages = [part for part in ("reader", "shard", "extract", "ray-train", "workers") if part in report]
     if stages:
         lines += ["", *_stage_table({part: report[part] for part in stages}, on.get("ray_start_seconds"))]

@@ -1106,7 +1106,9 @@ class DoctorRun:
             raise ValueError(f"sample_seconds must be positive, got {self.sample_seconds}")
 
 
-BenchmarkPart = Literal["train", "rollout", "reader", "shard", "extract", "ray-train", "workers", "reference", "sweep"]
+BenchmarkPart = Literal[
+    "train", "rollout", "reader", "shard", "extract", "ray-train", "workers", "reference", "sweep", "scale"
+]
 BENCHMARK_PARTS: tuple[BenchmarkPart, ...] = get_args(BenchmarkPart)
 """What the benchmark can measure, in the order in which it does."""
 
@@ -1213,9 +1215,10 @@ class BenchmarkRun:
     """File or s3:// URL that gets the numbers as JSON; empty only prints them."""
     parts: tuple[BenchmarkPart, ...] = ()
     """What to measure; none given measures everything but ``workers``, what two workers of one thread are beside one,
-    which takes two idle cores, and ``sweep``, what a sweep adds to the training of its trials, which is the same for
-    every family. ``reference``, the comparison in fixed settings with the authors' code (ddlp,
-    iodine, provide, oddn) or the textbook's (ddlp, ssm), is of these families alone."""
+    which takes two idle cores, and, the same for every family, ``sweep``, what a sweep adds to the training of its
+    trials, and ``scale``, the constants and predictions of pipeline/SCALE.md. ``reference``, the comparison in fixed
+    settings with the authors' code (ddlp, iodine, provide, oddn) or the textbook's (ddlp, ssm), is of these families
+    alone."""
     pairs: int = 5
     """Alternating pairs of a stage and the same work bare, and repetitions of the rest; the median is reported."""
     steps: int = 3

@@ -76,9 +76,9 @@ INDEX_SCHEMA = pa.schema(
 )
 SHORT = ("scan", "probe")
 """Tasks that take a fraction of a second."""
-ITEMS_PER_TASK, TASKS = 16, 10_000
+ITEMS_PER_TASK, TASKS = 16, 5000
 """Most short items in a task; more than that where it takes more to have at most so many tasks."""
-VIDEOS_AT_ONCE = 200_000
+VIDEOS_AT_ONCE = 1_000_000
 """Videos whose requests and answers the driver holds at a time while it probes."""
 SHARDS_AT_ONCE = 8
 """Shards of an earlier run that the driver hashes side by side."""
@@ -784,9 +784,12 @@ def _num_tasks(label: str, items: int) -> int:
         return items
     import ray
 
-    enough = 8 * int(ray.cluster_resources().get("CPU", 1))
-    per_task = max(1, min(items // enough, max(ITEMS_PER_TASK, items // TASKS)))
-    return -(-items // per_task)
+    return -(-items // items_per_task(items, int(ray.cluster_resources().get("CPU", 1))))
+
+
+def items_per_task(items: int, cpus: int) -> int:
+    """How many short items share a task."""
+    return max(1, min(items // (8 * cpus), ITEMS_PER_TASK), -(-items // TASKS))
 
 
 class _Progress:
