@@ -16,6 +16,7 @@ from pipeline import stop
 
 DEBUG = "--debug"
 CONFIG = "--config"
+LOG = "--log"
 ENDPOINT = "--storage.endpoint-url"
 LONGEST = 4000
 """Letters of a message: what it quotes may come from a stranger's file."""
@@ -44,10 +45,11 @@ def main(
     """
     words = list(sys.argv[1:] if args is None else args)
     debug = DEBUG in words
-    words = [word for word in words if word != DEBUG]
+    words, log = _without(LOG, [word for word in words if word != DEBUG], "to add a line of JSON to per status line")
     try:
+        _log_to(log)
         run = parse(config, words, description=description, default_preset=default_preset, positional=positional)
-    except (ValueError, OSError) as error:  # of the file of --config
+    except (ValueError, OSError) as error:  # of the files of --config and --log
         _fail(error, 1, debug, _one_line(error))
     try:
         with stop.preemptible():
@@ -85,7 +87,10 @@ def parse(
     """
     import tyro
 
-    description += f"\n\n{DEBUG} anywhere on the line shows the traceback when the job fails."
+    description += (
+        f"\n\n{DEBUG} anywhere on the line shows the traceback when the job fails; {LOG} FILE adds a line of JSON to a "
+        "local file for every status line: counters, and seconds by phase."
+    )
     words = _joined(words, config)
     flat = (tyro.conf.AvoidSubcommands,)  # the preset has chosen the model family; it is no sub-command of its own
     if not isinstance(config, Mapping):
@@ -97,7 +102,7 @@ def parse(
         f"\n\n{CONFIG} FILE in the place of a preset takes every setting of a stored run but --out and --resume, of a "
         "run folder's config.json for example (a path or s3:// URL)."
     )
-    words, path = _without_config(words)
+    words, path = _without(CONFIG, words, "that holds a stored run, such as the config.json of a run folder")
     if path is not None:
         from pipeline import store
         from pipeline.config import StorageConfig
@@ -149,20 +154,20 @@ def _joined(words: Sequence[str], config: Any) -> list[str]:
     return [word for group in groups for word in group]
 
 
-def _without_config(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """The words without ``--config FILE``, and FILE."""
+def _without(flag: str, words: Sequence[str], what: str) -> tuple[list[str], str | None]:
+    """The words without ``flag FILE``, and FILE; ``what`` it is, for whoever leaves it out."""
     rest, found, remaining = list[str](), list[str](), iter(words)
     for word in remaining:
         name, equals, path = word.partition("=")
-        if name != CONFIG:
+        if name != flag:
             rest.append(word)
             continue
         path = path if equals else next(remaining, "")
         if not path or path.startswith("-"):
-            _refuse(f"{CONFIG} wants a FILE that holds a stored run, such as the config.json of a run folder")
+            _refuse(f"{flag} wants a FILE {what}")
         found.append(path)
     if len(found) > 1:
-        _refuse(f"{CONFIG} is given {len(found)} times; choose one")
+        _refuse(f"{flag} is given {len(found)} times; choose one")
     return rest, found[0] if found else None
 
 
@@ -173,6 +178,22 @@ def _value_of(flag: str, words: Sequence[str]) -> str:
         if name.replace("_", "-") == flag:
             return value if equals else "".join(words[i + 1 : i + 2])
     return ""
+
+
+def _log_to(path: str | None) -> None:
+    """Add status lines to a file.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is no local file.
+    """
+    if path is None:
+        return
+    from pipeline import status, store
+
+    if store.is_url(path):
+        raise ValueError(f"{LOG} {path}: object storage cannot append; give a local file")
+    status.log_to(store.resolve(path, LOG))
 
 
 def _stored_run(path: str, presets: Mapping[str, tuple[str, Any]]) -> Any:

@@ -12,7 +12,6 @@ again for the report.
 
 import itertools
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from objdyn.layers.perceptual import Network
 from objdyn.metrics import position
 from objdyn.metrics.image import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
 from objdyn.metrics.perceptual import LPIPS, SMALLEST
-from pipeline import claim, loop, perceptual, segments, store, trajectories
+from pipeline import claim, loop, perceptual, segments, status, store, trajectories
 from pipeline.checkpoint import Loaded, code_revision, load_model, load_weights
 from pipeline.cli import command
 from pipeline.config import EvaluateRun, TrainRun, parse_model_settings, recorded_model_settings, torch_device
@@ -60,7 +59,6 @@ BACKGROUND_SHARDS, BACKGROUND_CLIPS, BACKGROUND_FRAMES = 8, 64, 16
 """At most so many shards, clips and frames per clip are read for the constant background."""
 BACKGROUND_BYTES = 256 << 20
 BOOTSTRAP_DRAWS, BOOTSTRAP_SEED = 1000, 0
-REPORT_EVERY = 10.0
 SAME_DB = 0.01
 """Clips that are encoded again for the report, among others than before, may differ by so much in their mean PSNR. On a
 CPU 0.00002 dB were seen, from sums in another order; a report with more than this says so."""
@@ -442,9 +440,9 @@ def _measure(
     binary = trajectories.applies(loaded.config)
     facts = ClipFacts()
     total = min(sum(source.shard_sizes), run.limit or sys.maxsize)
-    done, started, told = 0, time.monotonic(), time.monotonic()
+    progress = status.Status("evaluate", total, "clips", split=run.split, family=loaded.family)
     stream = iter_clips(source, run.limit, truth=(*_truth(family), *(trajectories.TRUTH if binary else ())))
-    for clips in batches(stream, run.batch_size):
+    for clips in progress.each(batches(stream, run.batch_size)):
         masks = segments.has_truth(clips)
         video, made = _apply(loaded.model, clips, family, run.context, horizon, device, masks)
         for clip in clips:
@@ -469,11 +467,7 @@ def _measure(
             found.append(
                 trajectories.measure(loaded.model, family, clips, video, made.latents, made.predicted, run.context)
             )
-        done += len(clips)
-        if time.monotonic() - told > REPORT_EVERY or done == total:
-            told = time.monotonic()
-            print(f"evaluate {done}/{total} clips, {done / (told - started):.1f} clips/s", file=sys.stderr, flush=True)
-    if not done:
+    if not progress.done:
         raise ValueError(f"split {run.split!r} of {run.data} has no clips; there is nothing to evaluate")
     scores = {name: np.concatenate(values) for name, values in parts.items()}
     for metric in (*wanted, *lpips):

@@ -39,11 +39,10 @@ the rows of one part in memory about twice; where that is too much, make shards 
 import dataclasses
 import difflib
 import hashlib
+import json
 import logging
-import sys
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -60,14 +59,13 @@ from objdyn.metrics.segmentation import match_tracks, segment
 from objdyn.models import what_if
 from objdyn.models.dlp import Particles
 from objdyn.models.what_if import Edit, Edited
-from pipeline import claim, cluster, segments, store, tables
+from pipeline import claim, cluster, segments, status, store, tables
 from pipeline.checkpoint import load_model, load_weights
 from pipeline.config import ExtractRun, StorageConfig, parse_model_settings, recorded_model_settings
 from pipeline.reader import Source, open_source
 from pipeline.tables import Block, Provenance
 
 DEATHS_PER_PART = 2
-PROGRESS_SECONDS = 10.0
 RECORDS_AT_ONCE = 16
 """Records of parts that are read side by side: on object storage each is a request to wait for."""
 EDITS_AT_ONCE = 32
@@ -234,13 +232,19 @@ def clip_blocks(
         return blocks
 
 
-def extract_part(model: VideoModel[Any], family: Family, source: Source, job: Job, part: Part) -> None:
-    """Encode the clips of a part and publish its two tables, then the record that it is done."""
+def extract_part(model: VideoModel[Any], family: Family, source: Source, job: Job, part: Part) -> dict[str, Any]:
+    """Encode the clips of a part and publish its two tables, then the record that it is done.
+
+    Returns:
+        What the status line is told: ``bytes`` written, and ``seconds`` by phase.
+    """
+    watch = status.Stopwatch()
     shard = source.open_shard(part.shard)
     blocks: list[Block] = []
     notes: list[EditNote] = []
     for first in range(0, part.clips, job.batch_size):
         clips = [shard.clip(i, truth=family.inputs) for i in range(first, min(first + job.batch_size, part.clips))]
+        watch.lap("read")
         blocks += clip_blocks(
             model,
             family,
@@ -255,11 +259,14 @@ def extract_part(model: VideoModel[Any], family: Family, source: Source, job: Jo
             edits=job.edits,
             notes=notes,
         )
-    publish_part(family, job, part, blocks, notes)
+        watch.lap("model")  # its last act is to fetch the columns, so a GPU is done by now
+    stored = publish_part(family, job, part, blocks, notes)
+    watch.lap("write")
+    return {"bytes": stored, "seconds": watch.seconds}
 
 
-def publish_part(family: Family, job: Job, part: Part, blocks: Sequence[Block], notes: Sequence[EditNote]) -> None:
-    """Publish the two tables of a part, then the record that it is done."""
+def publish_part(family: Family, job: Job, part: Part, blocks: Sequence[Block], notes: Sequence[EditNote]) -> int:
+    """Publish the two tables of a part, then the record that it is done; return the bytes of the tables."""
     store.remove(_record_path(job, part))  # of an earlier attempt of which a table is gone
     record: dict[str, Any] = {"name": part.name, "clips": part.clips}
     if job.edits:
@@ -280,6 +287,7 @@ def publish_part(family: Family, job: Job, part: Part, blocks: Sequence[Block], 
         rows = tables.build(table, blocks, fields, job.provenance)
         record[table] = tables.publish(rows, store.join(job.out, table, f"{part.name}.parquet"))
     store.publish_json(_record_path(job, part), record)
+    return sum(record[table]["bytes"] for table in columns)
 
 
 class Extractor:
@@ -293,17 +301,18 @@ class Extractor:
         self.loaded: tuple[VideoModel[Any], Family, Source] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Take a batch of one row, the fields of a Part; return one row {name, clips, error}."""
+        """Take a batch of one row, the fields of a Part; return one row {name, clips, error, counts}."""
         part = Part(str(batch["name"][0]), int(batch["shard"][0]), int(batch["clips"][0]))
-        error = ""
+        error, counts, before = "", dict[str, Any](), store.retries()
         try:
             with store.using(self.job.storage):
                 if self.loaded is None:
                     self.loaded = self._load()
-                extract_part(*self.loaded, self.job, part)
+                counts = extract_part(*self.loaded, self.job, part)
         except Exception as exception:  # any failure concerns this part alone, and the driver reports it
             error = f"{type(exception).__name__}: {' '.join(str(exception).split())}"
-        return {"name": [part.name], "clips": [part.clips], "error": [error]}
+        counts["retries"] = status.earlier_attempts() + store.retries() - before
+        return {"name": [part.name], "clips": [part.clips], "error": [error], "counts": [json.dumps(counts)]}
 
     def _load(self) -> tuple[VideoModel[Any], Family, Source]:
         if self.job.device == "cpu":
@@ -511,8 +520,13 @@ def _undone(job: Job, parts: Sequence[Part]) -> list[Part]:
 
 def _run(job: Job, todo: list[Part], planned: int, workers: int) -> None:
     returned: dict[str, str] = {}
-    for answer in _report(_schedule(job, todo, workers), todo, planned):
-        returned[answer["name"]] = answer["error"]
+    clips = sum(part.clips for part in todo)
+    status.tag(split=job.provenance.split, family=job.provenance.family)
+    with status.Status("extract", planned, "clips", done=planned - clips) as progress:
+        for answer in _schedule(job, todo, workers):
+            returned[answer["name"]] = answer["error"]
+            done = {"done": 0, "failed": 1} if answer["error"] else {"done": int(answer["clips"])}
+            progress.add(**done, **json.loads(answer["counts"]))
     missing = sorted({part.name for part in todo} - set(returned))
     if missing:
         raise ValueError(f"no answer came back for parts {', '.join(missing)}; run the same command again")
@@ -561,26 +575,6 @@ def _schedule(job: Job, todo: list[Part], workers: int) -> Iterator[dict[str, An
             f"--batch-size or --workers); parts that are done are kept, run the same command again. Ray says: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
-
-
-def _report(answers: Iterable[dict[str, Any]], todo: list[Part], planned: int) -> Iterator[dict[str, Any]]:
-    """Pass answers on; say how far it is on one line per interval, which a terminal shows in place."""
-    total = sum(part.clips for part in todo)
-    kept = "" if total == planned else f" ({planned - total} clips are done already)"
-    print(f"extract: {total} clips in {len(todo)} parts{kept}", flush=True)
-    begin = shown = time.monotonic()
-    clips, on_terminal = 0, sys.stdout.isatty()
-    for number, answer in enumerate(answers, start=1):
-        clips += int(answer["clips"])
-        now = time.monotonic()
-        if now - shown >= (0.2 if on_terminal else PROGRESS_SECONDS) or number == len(todo):
-            rate, shown = clips / (now - begin), now
-            line = f"extract: {number}/{len(todo)} parts, {clips}/{total} clips, {rate:.1f} clips/s"
-            line += f", {(total - clips) / rate:.0f} s left"
-            print(f"\r\x1b[K{line}" if on_terminal else line, end="" if on_terminal else "\n", flush=True)
-        yield answer
-    if on_terminal:
-        print(flush=True)
 
 
 def finish(job: Job, parts: list[Part]) -> str:

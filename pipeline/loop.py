@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from objdyn import clips, families
 from objdyn.metrics import segmentation
-from pipeline import checkpoint, claim, failpoints, perceptual, stop, store, watchdog
+from pipeline import checkpoint, claim, failpoints, perceptual, status, stop, store, watchdog
 from pipeline.config import (
     Stage,
     TrainRun,
@@ -62,6 +62,12 @@ STAGNATION = 0.01
 """Share of itself by which the smoothed loss must fall within ``patience`` steps."""
 ASK_SECONDS = 2.0
 """How often workers ask together whether they must stop, where somebody can tell."""
+PHASES = ("data", "model", "optimizer", "eval", "checkpoint")
+"""What the time of a training goes to: waiting for data; forward, backward and, of several workers, waiting for each
+other; the optimiser; held-out evaluations; checkpoints and metrics. Of a GPU, which works behind the program, a step's
+time ends where the program asks whether its loss is finite, so its optimiser counts to the step that follows."""
+CLOCK_FIELDS = frozenset({"steps_per_second", "retries", *(f"{phase}_seconds" for phase in PHASES)})
+"""Fields of metrics that differ between two runs that do the same: the clock and the storage decide them."""
 MAX_ERROR = 1e-10
 """Smallest mean squared error in a PSNR: a perfect frame counts as 100 dB."""
 
@@ -335,6 +341,7 @@ class _Training:
                 checkpoint.retire(run.out, keep_last=run.keep_last)  # which the run may have been killed before or in
         elif run.init:
             self.start = _start_from(run, self.model)
+        self.watch, self.retries = status.Stopwatch(), store.retries()
 
     def stage_is_over(self) -> str | None:
         """Why the next stage must begin; None while it must not."""
@@ -376,6 +383,7 @@ class _Training:
         wrapped = worker.wrap(model)
         accumulate = run.optim.batch_size // (run.micro_batch_size * worker.world)
         window = _Window()
+        self.watch.lap("start")
         over = False
         with contextlib.closing(reader.micro_batches(self.position)) as batches:
             while self.step < run.steps and not over:
@@ -386,6 +394,7 @@ class _Training:
                 terms: dict[str, Tensor] = {}
                 for index in range(accumulate):
                     batch = next(batches)
+                    self.watch.lap("data")
                     keys += batch.keys
                     with _no_sync(wrapped, index < accumulate - 1):
                         loss = _loss(wrapped, batch, run, self.device)
@@ -393,6 +402,7 @@ class _Training:
                     self.moved(f"micro-batch {index + 1} of {accumulate} of step {self.step + 1}")
                     for name, value in {"loss": loss.total.detach(), **loss.terms}.items():
                         terms[name] = terms.get(name, torch.zeros_like(value)) + value / accumulate
+                    self.watch.lap("model")
                 self.position += run.optim.batch_size
 
                 norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -403,6 +413,7 @@ class _Training:
                 if not finite:  # nothing that may be saved, if it was asked to
                     self._skip(log, keys, terms)
                     continue
+                self.watch.lap("model")
                 self.skipped = 0
                 window.add(terms)
                 if run.optim.clip_norm is not None:
@@ -412,6 +423,7 @@ class _Training:
                 optimizer.step()
                 self.step += 1
                 self._watch(terms)
+                self.watch.lap("optimizer")
                 over = self.stage_is_over() is not None
                 if ask and worker.leaving is not None:
                     self.asked_at = time.monotonic()
@@ -479,10 +491,11 @@ class _Training:
                 "steps": run.steps,
                 **window.mean(worker.world),
                 "lr": self.optimizer.param_groups[0]["lr"],
-                "steps_per_second": window.rate,
                 "skipped": log.skipped if log is not None else 0,
+                **self._take_times(window.steps),
             }
             _emit(log, worker, line)
+            self.watch.lap("checkpoint")
         improved = False
         if self.held_out is not None and run.eval_every and (step % run.eval_every == 0 or last):
             families.set_step(model, step)
@@ -491,7 +504,7 @@ class _Training:
             psnr_is_known = math.isfinite(held["recon_psnr"])
             improved = due and psnr_is_known and (self.best is None or held["recon_psnr"] > self.best)
             self.best = held["recon_psnr"] if improved else self.best
-            window.restart_clock()
+            self.watch.lap("eval")
         if save:
             if log is not None:
                 families.set_step(model, step)
@@ -502,9 +515,20 @@ class _Training:
                     check=self.held and self.held.check,
                 )  # fmt: skip
             worker.report({"step": step})
-            window.restart_clock()
+            self.watch.lap("checkpoint")
         self.moved(f"step {step}")
         return told
+
+    def _take_times(self, steps: int) -> dict[str, Any]:
+        """The ``CLOCK_FIELDS`` of a line about so many steps; the next line's begin at zero."""
+        seconds, self.watch.seconds = {phase: self.watch.seconds.get(phase, 0.0) for phase in PHASES}, {}
+        stepping = seconds["data"] + seconds["model"] + seconds["optimizer"]
+        before, self.retries = self.retries, store.retries()
+        return {
+            "steps_per_second": steps / max(stepping, 1e-9),
+            **{f"{phase}_seconds": value for phase, value in seconds.items()},
+            "retries": self.retries - before,
+        }
 
     def _state(self) -> dict[str, Any]:
         state = {
@@ -694,96 +718,60 @@ STAGE_ENDS = {
 
 
 class Progress:
-    """One line per interval in a log, a bar on a terminal. Feed it the lines of metrics."""
+    """The status of a training, from its lines of metrics: one line each in a log, a bar on a terminal."""
 
-    def __init__(self, steps: int, done: int = 0, file: TextIO | None = None) -> None:
-        self.file = file or sys.stderr
-        self.steps, self.first, self.start = steps, done, time.monotonic()
-        self.bar = None
-        if self.file.isatty():
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self.bar = tqdm(total=steps, initial=done, unit="step", file=self.file, dynamic_ncols=True)
+    def __init__(self, steps: int, done: int = 0, file: TextIO | None = None, family: str = "") -> None:
+        self.status = status.Status("train", steps, "steps", done=done, split="train", family=family, file=file)
 
     def show(self, line: dict[str, Any]) -> None:
         """Show a line of metrics."""
-        shown = {k: v for k, v in line.items() if isinstance(v, float) and k not in ("lr", "steps_per_second")}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        said = self.status
+        hidden = CLOCK_FIELDS | {"lr"}
+        text = "  ".join(f"{name} {v:.4g}" for name, v in line.items() if isinstance(v, float) and name not in hidden)
         text += f"  skipped {line['skipped']}" if line.get("skipped") else ""
         if line["kind"] == "forced":
-            self._print(f"from step {line['step']} on by force with other {' and '.join(line['changes'])}")
-            return
-        if line["kind"] == "eval":
-            self._print(f"held out at step {line['step']}: {text}")
-            return
-        if line["kind"] == "stage":
+            said.say(f"from step {line['step']} on by force with other {' and '.join(line['changes'])}")
+        elif line["kind"] == "eval":
+            said.measure(**{f"held_out_{name}": value for name, value in line.items() if isinstance(value, float)})
+            said.say(f"held out at step {line['step']}: {text}")
+        elif line["kind"] == "stage":
             settings = ", ".join(f"{name}={value}" for name, value in line["settings"].items())
             why = "" if line["reason"] == "start" else f" ({STAGE_ENDS.get(line['reason'], line['reason'])})"
-            self._print(f"stage {line['stage']} begins at step {line['step']}{why}: {settings or 'the run as it is'}")
-            return
-        if line["kind"] == "skipped":
+            said.say(f"stage {line['stage']} begins at step {line['step']}{why}: {settings or 'the run as it is'}")
+        elif line["kind"] == "skipped":
             names, keys = _listed(line["not_finite"]), _listed(line["clips"])
-            self._print(f"step {line['step']}: {names} not finite, skipped; clips {keys}")
-            return
-        if self.bar is not None:
-            self.bar.update(line["step"] - self.bar.n)
-            self.bar.set_postfix_str(text)
-            return
-        done, elapsed = line["step"] - self.first, time.monotonic() - self.start
-        left = elapsed / max(done, 1) * (self.steps - line["step"])
-        rate = line["steps_per_second"]
-        self._print(f"step {line['step']}/{self.steps}  {text}  {rate:.2f} steps/s  {duration(left)} left")
-
-    def close(self) -> None:
-        """Finish the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
-    def _print(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.write(text, file=self.file)
+            said.add(0, tell=False, skipped=1)
+            said.say(f"step {line['step']}: {names} not finite, skipped; clips {keys}")
         else:
-            print(text, file=self.file, flush=True)
+            seconds = {phase: line.get(f"{phase}_seconds", 0.0) for phase in PHASES}
+            said.measure(**{name: v for name, v in line.items() if isinstance(v, float) and name not in hidden})
+            said.add(line["step"] - said.done, seconds=seconds, tell=False, retries=line.get("retries", 0))
+            rate, left = line["steps_per_second"], status.duration(said.left)
+            text += f"  {retries} retries" if (retries := said.counts["retries"]) else ""
+            said.show(f"step {line['step']}/{said.total}  {text}  {rate:.2f} steps/s  {left} left")
 
-
-def duration(seconds: float) -> str:
-    """``75`` as ``1m15s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+    def restarted(self, why: str) -> None:
+        """Say and count that workers begin again at the last checkpoint."""
+        self.status.add(0, tell=False, retries=1)
+        self.status.say(why)
 
 
 class _Window:
-    """Sums of the loss terms of the steps since the last line of metrics, and the time that took."""
+    """Sums of the loss terms of the steps since the last line of metrics."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
-        self.seconds = 0.0
-        self.restart_clock()
 
     def add(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
         self.steps += 1
-        now = time.monotonic()
-        self.seconds += now - self.clock
-        self.clock = now
-
-    def restart_clock(self) -> None:
-        """Leave out what was not training: evaluation and checkpoints."""
-        self.clock = time.monotonic()
 
     def mean(self, world: int) -> dict[str, float]:
         values = torch.stack([value.detach().float() for value in self.sums.values()]) / self.steps
         values = _sum_over_workers(values, world) / world
         return {name: float(value) for name, value in zip(self.sums, values, strict=True)}
-
-    @property
-    def rate(self) -> float:
-        """Optimiser steps per second."""
-        return self.steps / max(self.seconds, 1e-9)
 
 
 def _loss(model: Any, batch: MicroBatch, run: TrainRun, device: torch.device) -> Any:
@@ -1158,11 +1146,9 @@ def main(words: Sequence[str] | None = None) -> int:
 def progress_of(run: TrainRun) -> Iterator[Progress]:
     """A ``Progress`` that begins where the run folder stands."""
     saved = checkpoint.last_step(run.out)
-    progress = Progress(run.steps, saved or 0)
-    try:
+    progress = Progress(run.steps, saved or 0, family=families.family_of(run.model))
+    with progress.status:
         yield progress
-    finally:
-        progress.close()
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ probe, which the paper does not have.
 """
 
 import dataclasses
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -37,12 +35,12 @@ from objdyn.families import Family, describe
 from objdyn.metrics import segmentation
 from objdyn.metrics.image import frame_mse
 from objdyn.metrics.probe import DROPPED, HELD_OUT, LEAST_IOU, Probe, fit_probe, hold_out, pair_objects
-from pipeline import claim, segments, store
+from pipeline import claim, segments, status, store
 from pipeline.checkpoint import Loaded, code_revision, config_to_json, load_weights
 from pipeline.cli import command
 from pipeline.config import EvaluateRun, torch_device
 from pipeline.evaluate import batches, confidence_interval, open_model, pad_objects
-from pipeline.protocol import HEADS, LIMIT, NO_TRUTH, REPORT_EVERY, Row, Table, render, to_json, trained_by, unfinished
+from pipeline.protocol import HEADS, LIMIT, NO_TRUTH, Row, Table, render, to_json, trained_by, unfinished
 from pipeline.reader import Source, iter_clips, open_source
 from pipeline.report import Section, plot, provenance, render_page, still, training_facts, versions
 
@@ -211,7 +209,8 @@ def measure(models: Sequence[Model], source: Source, run: EvaluateRun, device: t
     unusable: dict[str, str] = {}
     parts: dict[str, list[tuple[int, segments.Scores]]] = {name: [] for name in ("", *(m.name for m in models))}
     vectors: dict[str, list[Vectors]] = {model.name: [] for model in models}
-    empty, told = 0, time.monotonic()
+    empty = 0
+    progress = status.Status("protocol", total, "clips", split=source.split)
     for clips in batches(windows(iter_clips(source, total, truth=truth)), run.batch_size):
         for clip in clips:
             if clip.key not in numbers:
@@ -255,10 +254,8 @@ def measure(models: Sequence[Model], source: Source, run: EvaluateRun, device: t
             if len(drawn) < run.report_clips and clip.key not in {each.key for each in drawn}:
                 rows = {"truth": figures.upscale(clip.frames, 1)} | {name: rows[i] for name, rows in pictures.items()}
                 drawn.append(Drawn(clip.key, clip.start_frame, rows))
-        if time.monotonic() - told > REPORT_EVERY:
-            told = time.monotonic()
-            words = f"{len(numbers)}/{total} clips, {len(window_clip)} windows"
-            print(f"protocol: {source.id}: {words}", file=sys.stderr, flush=True)
+        progress.add(len(numbers) - progress.done, windows=len(clips))
+    progress.close()
     if not numbers:
         raise ValueError(f"split {source.split!r} of {source.id} has no clips; there is nothing to evaluate")
     return Found(

@@ -18,8 +18,6 @@ paper is silent: Table 2 is measured at 10 frames (what the released code's READ
 """
 
 import dataclasses
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,7 +30,7 @@ from objdyn.families import describe
 from objdyn.metrics import segmentation
 from objdyn.metrics.image import frame_mse
 from objdyn.simulators import bouncing_balls
-from pipeline import segments, store
+from pipeline import segments, status, store
 from pipeline.checkpoint import Loaded, code_revision, config_from_json, config_to_json, load_weights
 from pipeline.cli import command
 from pipeline.config import EvaluateRun, TrainRun, torch_device
@@ -58,7 +56,6 @@ NO_FEATURES = (
 NO_TRUTH = "the videos hold no true segmentation"
 METRICS = ("ari", "fg_ari", "mse")
 HEADS = {"ari": "ARI", "fg_ari": "F-ARI", "mse": "MSE", "r2_y": "R^2 y", "r2_x": "R^2 x", "r2": "R^2"}
-REPORT_EVERY = 10.0
 
 Published = TypeVar("Published")
 
@@ -343,9 +340,9 @@ class _Bench:
         scored: list[tuple[int, segments.Scores]] = []
         ahead: list[tuple[int, segments.Scores]] = []
         velocity: list[segmentation.VelocityCosine] = []
-        total, done, started, told = self.limit(source), 0, time.monotonic(), time.monotonic()
+        progress = status.Status("protocol", self.limit(source), "videos", split=source.split, family=loaded.family)
         truth = ("segmentation", "positions", "present", *family.inputs)
-        for clips in batches(iter_clips(source, total, longest, truth), self.run.batch_size):
+        for clips in progress.each(batches(iter_clips(source, progress.total, longest, truth), self.run.batch_size)):
             video = to_model_input(collate(clips), self.device)
             inputs = stack_truth(clips, family.inputs, self.device)
             with torch.no_grad():
@@ -358,14 +355,7 @@ class _Bench:
                     errors, speeds = _future(loaded, clips, video, segments.cut(seen, 0, SEEN))
                     ahead.append((len(clips), errors))
                     velocity += speeds
-            done += len(clips)
-            if time.monotonic() - told > REPORT_EVERY or done == total:
-                told = time.monotonic()
-                rate = done / (told - started)
-                print(
-                    f"protocol: {videos.data}: {done}/{total} videos, {rate:.2f} videos/s", file=sys.stderr, flush=True
-                )
-        if not done:
+        if not progress.done:
             raise ValueError(f"split {source.split!r} of {videos.data} has no videos; there is nothing to evaluate")
         return Found(segments.join(scored), segments.join(ahead), tuple(velocity))
 

@@ -24,7 +24,7 @@ from pipeline import store
 from pipeline.checkpoint import config_from_json
 from pipeline.cli import command
 from pipeline.config import TrainRun, flatten_settings
-from pipeline.loop import STAGE_ENDS, read_metrics
+from pipeline.loop import CLOCK_FIELDS, STAGE_ENDS, read_metrics
 from pipeline.presets import PRESETS
 
 PNG_BYTES = 300_000
@@ -746,7 +746,8 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> str:
             x, y = names.setdefault(name.removeprefix(f"{baseline}_"), {}).setdefault(label, ([], []))
             x.append(row["step"])
             y.append(value)
-    order = sorted(names, key=lambda n: (FIRST_CURVES.index(n) if n in FIRST_CURVES else len(FIRST_CURVES), n))
+    first = {name: place for place, name in enumerate(FIRST_CURVES)}
+    order = sorted(names, key=lambda n: (n in CLOCK_FIELDS, first.get(n, len(first)), n))
     plots = []
     for name in order:
         series = {label: _thin(*xy) for label, xy in sorted(names[name].items(), key=lambda item: _rank(item[0]))}

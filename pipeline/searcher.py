@@ -6,7 +6,6 @@ and a restarted sweep makes new objects over the same study.
 
 import errno
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -182,8 +181,9 @@ class StudyStopper(Stopper):
 class StudyCallback(Callback):
     """Tells the study of trials whose process died, with the reason, and the user of those that begin again."""
 
-    def __init__(self, searcher: StudySearcher, retries: int) -> None:
-        self._searcher, self._retries = searcher, retries
+    def __init__(self, searcher: StudySearcher, retries: int, tell: Callable[[int | None], None]) -> None:
+        """``tell`` is called with the number of each trial that begins again."""
+        self._searcher, self._retries, self._tell = searcher, retries, tell
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The last attempt died."""
@@ -191,8 +191,7 @@ class StudyCallback(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """An attempt died, another begins."""
-        number = self._searcher.began_again(trial.trial_id)
-        print(f"trial {number}: its process died; it goes on from its checkpoint", file=sys.stderr, flush=True)
+        self._tell(self._searcher.began_again(trial.trial_id))
 
     def __reduce__(self) -> Any:
         return (object, ())

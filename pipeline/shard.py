@@ -20,7 +20,6 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ import pyarrow.parquet as pq
 from objdyn.clips import Clip, to_sample
 from objdyn.datasets import LAYOUTS, Cut, Fault, Found, Limits, Preprocessing, Video, VideoError, clevrer, npy
 from objdyn.simulators import Simulator, simulator
-from pipeline import claim, failpoints, isolate, store
+from pipeline import claim, failpoints, isolate, status, store
 from pipeline.config import ShardRun
 
 SCHEMA = 1
@@ -47,6 +46,8 @@ STRICT_INPUTS = 100
 _OR_LIMITS = (
     "; or a video ran out of time or memory in one of the two runs (see its quarantine.parquet): choose another --out"
 )
+UNITS = {"scan": "files", "probe": "videos", "build": "shards", "simulate": "videos"}
+"""What is counted, by stage."""
 OWNER = "objdyn"
 """Owner of every tar member; a fixed one, so that tars do not depend on who wrote them."""
 
@@ -143,6 +144,8 @@ class Built:
     channels: int = 0
     """Of every clip; 0 where there is none."""
     quarantined: list[Quarantined] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    """Spent on reading videos and on writing, for the status line alone: no dataset holds a time."""
 
     @property
     def rows(self) -> pa.Table:
@@ -172,6 +175,7 @@ def _shard(run: ShardRun, source: str, folder: str, held: claim.Claim) -> str:
 
     settings = _settings(run, source)
     previous = _previous(folder, settings)
+    status.tag(split=run.split)
     root, found = find_videos(run, source)
     if run.layout == "videos" and (like := next((v.source for v in found.videos if clevrer.is_video(v.source)), "")):
         print(f"note: {like} is named like CLEVRER's; --layout clevrer would read annotations, masks and splits, too")
@@ -365,6 +369,7 @@ def build_shard(run: ShardRun, root: str, folder: str, item: str) -> str:
     rows: list[dict[str, Any]] = []
     quarantined: list[Quarantined] = []
     channels: set[int] = set()
+    watch = status.Stopwatch()
     guilty = None
     if "guilty" in request:
         guilty = {source: Fault(source, *reason) for source, reason in request["guilty"].items()}
@@ -373,6 +378,7 @@ def build_shard(run: ShardRun, root: str, folder: str, item: str) -> str:
         offset = 0
         with TarWriter(stream, user=OWNER, group=OWNER, mtime=0, encoder=False) as tar:
             for clip in _clips(run, root, plan.parts, quarantined, guilty):
+                watch.lap("read")
                 sample = to_sample(clip, run.codec)
                 tar.write({"__key__": clip.key, **sample})
                 members = []
@@ -381,10 +387,12 @@ def build_shard(run: ShardRun, root: str, folder: str, item: str) -> str:
                     offset += 512 + -(-len(sample[name]) // 512) * 512
                 rows.append(_index_row(plan.name, clip, members))
                 channels.add(clip.frames.shape[-1])
+                watch.lap("write")
 
     published = store.publish_file(store.join(folder, plan.name), _unchanged(write, request["sha256"], plan.name))
+    watch.lap("write")
     index = _index(_table(INDEX_SCHEMA, rows))
-    built = Built(plan.name, *published, len(rows), index, _one_number(channels), quarantined)
+    built = Built(plan.name, *published, len(rows), index, _one_number(channels), quarantined, watch.seconds)
     return json.dumps({**vars(built), "index": base64.b64encode(index).decode()})
 
 
@@ -746,12 +754,16 @@ def _run_tasks(task: Callable[[str], str], items: Sequence[str], label: str) -> 
     from ray.util.annotations import RayDeprecationWarning
 
     def attempt(row: dict[str, Any]) -> dict[str, Any]:
+        before, begin = store.retries(), time.monotonic()
+        answer = {"id": row["id"], "result": "", "error": "", "lost": False, "counts": "{}"}
         try:
-            return {"id": row["id"], "result": task(row["item"]), "error": "", "lost": False}
+            answer["result"] = task(row["item"])
+            answer["counts"] = json.dumps(_counts(answer["result"], time.monotonic() - begin, before))
         except MemoryError:
-            return {"id": row["id"], "result": "", "error": "", "lost": True}
+            answer["lost"] = True
         except Exception as error:  # Ray would retry nothing and drop the reason; raised again below
-            return {"id": row["id"], "result": "", "error": f"{type(error).__name__}: {error}", "lost": False}
+            answer["error"] = f"{type(error).__name__}: {error}"
+        return answer
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is reported by the caller
     rows = [{"id": i, "item": item} for i, item in enumerate(items)]
@@ -761,18 +773,20 @@ def _run_tasks(task: Callable[[str], str], items: Sequence[str], label: str) -> 
     results: dict[int, str] = {}
     try:
         blocks = ray.data.from_items(rows, override_num_blocks=_num_tasks(label, len(rows)))
-        progress = _Progress(label, len(rows))
         with warnings.catch_warnings():
             # Ray 2.60 means to replace this argument by a named one, but has none for retries yet.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             mapped = blocks.map(attempt, num_cpus=1, max_retries=1)
-        for row in mapped.iter_rows():
-            if row["error"]:
-                raise ValueError(f"{label} failed: {row['error']}")
-            if not row["lost"]:
-                results[int(row["id"])] = row["result"]
-            progress.step()
-        progress.close()
+        with status.Status(label, len(rows), UNITS.get(label, "tasks")) as progress:
+            for row in mapped.iter_rows():
+                if row["error"]:
+                    raise ValueError(f"{label} failed: {row['error']}")
+                if not row["lost"]:
+                    results[int(row["id"])] = row["result"]
+                    progress.add(**json.loads(row["counts"]))
+                else:
+                    progress.add(0, died=1)
+            progress.add(0, died=len(rows) - progress.done - progress.counts["died"])
     finally:
         context.max_errored_blocks, context.enable_progress_bars = before
     return results
@@ -792,29 +806,15 @@ def items_per_task(items: int, cpus: int) -> int:
     return max(1, min(items // (8 * cpus), ITEMS_PER_TASK), -(-items // TASKS))
 
 
-class _Progress:
-    """A bar on a terminal; in a log a line every ten seconds."""
-
-    def __init__(self, label: str, total: int) -> None:
-        from tqdm import tqdm
-
-        self._label, self._total, self._done = label, total, 0
-        self._bar = tqdm(total=total, desc=label, disable=None, leave=False)
-        self._log, self._start = not sys.stderr.isatty(), time.monotonic()
-        self._next = self._start + 10
-
-    def step(self) -> None:
-        self._done += 1
-        self._bar.update()
-        now = time.monotonic()
-        if self._log and now >= self._next:
-            rate = self._done / (now - self._start)
-            left = (self._total - self._done) / rate
-            print(f"{self._label} {self._done}/{self._total}, {rate:.1f}/s, {left:.0f} s left", flush=True)
-            self._next = now + 10
-
-    def close(self) -> None:
-        self._bar.close()
+def _counts(result: str, seconds: float, retries_before: int) -> dict[str, Any]:
+    """What the status line is told of a task's result, in the process that made it."""
+    answer = json.loads(result) if result[:1] == "{" else {}
+    counts = {
+        "quarantined": len(answer.get("quarantined") or answer.get("faults") or ()) + ("fault" in answer),
+        "retries": status.earlier_attempts() + store.retries() - retries_before,
+        "bytes": answer.get("bytes", 0),
+    }
+    return {**counts, "seconds": answer.get("seconds") or {"read": seconds}}
 
 
 def _to_json(video: Video) -> str:

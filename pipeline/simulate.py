@@ -23,7 +23,7 @@ from objdyn.clips import to_npy
 from objdyn.simulators import clevrer, towers
 from objdyn.simulators.clevrer_json import to_annotation, to_scene, to_world
 from objdyn.simulators.rendering import renderer
-from pipeline import store
+from pipeline import status, store
 from pipeline.config import MakeQuestionsRun, SimulateRun
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def simulate(run: SimulateRun) -> str:
     indices = range(run.start, run.start + run.videos)
     known = {index: made for index in indices if (made := _finished(run, folder, index)) is not None}
     task = functools.partial(_make, run, folder)
+    status.tag(split=run.split)
     missing = [str(index) for index in indices if index not in known]
     results = shard._run_tasks(task, missing, "simulate")
     made = [Made(*json.loads(result)) for result in results.values()]

@@ -56,17 +56,22 @@ def _train(run: TrainRun, held: claim.Claim, gpus: float, show: Show | None) -> 
     read = {run.stage(index).data for index in range(len(run.parsed_stages))} | ({run.init} if run.init else set())
     cluster.require_shared([path for path in (run.out, *sorted(read)) if not path.startswith("sim:")])
     use_gpu = _use_gpu(run)
-    with _follow(run, show), stop.passed_on(run.out, run.grace_seconds) as were_told:
-        _fit_to_the_end(run, held, use_gpu, gpus, were_told)
+    with _follow(run, show) as progress, stop.passed_on(run.out, run.grace_seconds) as were_told:
+        _fit_to_the_end(run, held, use_gpu, gpus, were_told, progress.restarted)
     held.check()
     report.write_run_report(run.out)
     return run.out
 
 
 def _fit_to_the_end(
-    run: TrainRun, held: claim.Claim, use_gpu: bool, gpus: float, were_told: Callable[[], bool]
+    run: TrainRun,
+    held: claim.Claim,
+    use_gpu: bool,
+    gpus: float,
+    were_told: Callable[[], bool],
+    restarted: Callable[[str], None],
 ) -> None:
-    """Run the workers until the run is done, again after they died or had to leave a node."""
+    """Run the workers until the run is done, again after they died or had to leave a node; ``restarted`` tells why."""
     restarts = 0
     while True:
         held.check()
@@ -77,7 +82,7 @@ def _fit_to_the_end(
             if not were_told():
                 if restarts > MAX_RESTARTS:
                     raise
-                print(f"{error}; starting again from the last checkpoint", file=sys.stderr, flush=True)
+                restarted(f"{error}; starting again from the last checkpoint")
                 continue
         step = checkpoint.last_step(run.out) or 0
         if step >= run.steps:
@@ -86,7 +91,7 @@ def _fit_to_the_end(
             raise stop.Preempted(
                 f"preempted; step {step} of {run.steps} is saved; run the same command with --resume to go on"
             )
-        print(f"a node is being taken away; going on from step {step} on the others", file=sys.stderr, flush=True)
+        restarted(f"a node is being taken away; going on from step {step} on the others")
 
 
 def _fit(run: TrainRun, held: claim.Claim, use_gpu: bool, gpus: float) -> None:
@@ -168,7 +173,7 @@ def _work(config: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _follow(run: TrainRun, show: Show | None = None) -> Iterator[None]:
+def _follow(run: TrainRun, show: Show | None = None) -> Iterator[loop.Progress]:
     """Show the run's progress from its metrics while the workers, wherever they are, write them."""
     stop = threading.Event()
     pause = loop.PUBLISH_SECONDS if store.is_url(run.out) else FOLLOW_SECONDS
@@ -189,7 +194,7 @@ def _follow(run: TrainRun, show: Show | None = None) -> Iterator[None]:
         thread = threading.Thread(target=follow, args=(progress, lines), daemon=True)
         thread.start()
         try:
-            yield
+            yield progress
         finally:
             stop.set()
             thread.join()

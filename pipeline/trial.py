@@ -306,9 +306,9 @@ def _training_clips(run: TrainRun, count: int, device: Any) -> tuple[Any, dict[s
 
 def _line_bytes(terms: dict[str, float]) -> float:
     """Bytes that a line of metrics adds to a run folder, in ``metrics.jsonl`` and in TensorBoard's events."""
-    from pipeline.loop import MetricsLog
+    from pipeline.loop import CLOCK_FIELDS, MetricsLog
 
-    line = {"kind": "train", "steps": LOG_LINES, **terms, "lr": 1e-3, "steps_per_second": 1.0}
+    line = {"kind": "train", "steps": LOG_LINES, **terms, "lr": 1e-3, **dict.fromkeys(CLOCK_FIELDS, 1.0)}
     sizes = []
     with tempfile.TemporaryDirectory(prefix="objdyn-") as folder, MetricsLog(folder, 0) as log:
         for first, last in ((0, 1), (1, 1 + LOG_LINES)):

@@ -32,11 +32,10 @@ import os
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline import checkpoint, claim, cluster, loop, perceptual, space, store, sweep_report
+from pipeline import checkpoint, claim, cluster, loop, perceptual, space, status, store, sweep_report
 from pipeline.cli import command
 from pipeline.config import SweepRun, TrainRun, flatten_settings, parse_settings, torch_device, with_overrides
 from pipeline.presets import PRESETS
@@ -266,7 +265,8 @@ def _run_trials(run: SweepRun, study: SweepStudy, job: Job, held: claim.Claim) -
 
     from pipeline.searcher import StudyCallback, StudySearcher, StudyStopper
 
-    searcher = StudySearcher(study, job.out, _Teller(study), held.check)
+    teller = _Teller(study, run.preset.partition("/")[0])
+    searcher = StudySearcher(study, job.out, teller, held.check)
     scratch = store.join(job.out, ".ray")
     store.remove_tree(scratch)
     resources = {"cpu": DRIVER_CPUS} if job.separate else {"cpu": 1, **({"gpu": gpus} if gpus else {})}
@@ -287,19 +287,20 @@ def _run_trials(run: SweepRun, study: SweepStudy, job: Job, held: claim.Claim) -
             storage_path=path,
             storage_filesystem=filesystem,
             stop=StudyStopper(searcher),
-            callbacks=[StudyCallback(searcher, run.retries)],
+            callbacks=[StudyCallback(searcher, run.retries, teller.began_again)],
             failure_config=tune.FailureConfig(max_failures=run.retries),
             verbose=0,
         ),
     )
-    try:
-        tuner.fit()
-    finally:
-        if not held.lost:
-            with contextlib.suppress(OSError):
-                store.remove_tree(scratch)
-    if searcher.halted is not None:
-        raise _plain(searcher.halted) from searcher.halted
+    with teller.status:
+        try:
+            tuner.fit()
+        finally:
+            if not held.lost:
+                with contextlib.suppress(OSError):
+                    store.remove_tree(scratch)
+        if searcher.halted is not None:
+            raise _plain(searcher.halted) from searcher.halted
     if study.missing:
         raise ChildProcessError(
             f"Ray ended with {study.missing} trials missing; what is there is kept: repeat the command with --resume"
@@ -364,7 +365,13 @@ def _train(run: TrainRun, job: Job, show: Show) -> None:
     from pipeline import report
 
     run = loop.open_run(run)
-    loop.train(run, loop.Worker(device=torch_device(run.device), show=show))
+    with loop.progress_of(run) as progress:  # its lines go to the log that Ray keeps of this process
+
+        def tell(line: dict[str, Any]) -> None:
+            progress.show(line)
+            show(line)
+
+        loop.train(run, loop.Worker(device=torch_device(run.device), show=tell))
     report.write_run_report(run.out)
 
 
@@ -425,23 +432,31 @@ def _gpus(run: SweepRun) -> float:
 
 
 class _Teller:
-    """Prints a line for each trial that is over."""
+    """Counts trials, and prints a line for each that is over."""
 
-    def __init__(self, study: SweepStudy) -> None:
-        self._study, self._begun = study, time.monotonic()
-        self._over = 0
+    def __init__(self, study: SweepStudy, family: str) -> None:
+        self._study = study
+        record = study.record(importance=False)
+        over = sum(trial.state != "running" for trial in record.trials)
+        self.status = status.Status("sweep", record.wanted, "trials", done=over, family=family)
 
     def __call__(self, number: int, what: str) -> None:
-        self._over += 1
         record = self._study.record(importance=False)
         trial, best = record.trials[number], record.best
-        over = sum(other.state != "running" for other in record.trials)
-        left = (time.monotonic() - self._begun) / self._over * (record.wanted - over)
+        if trial.state != "complete":
+            self.status.counts[trial.state] += 1
+        self.status.add(tell=False)
+        left = status.duration(self.status.left)
         parts = [f"trial {number} {what}", *(f"{name} {value:.4g}" for name, value in trial.values.items())]
         if best is not None and len(record.objectives) == 1:
             parts.append(f"(best {best.values[record.objectives[0].name]:.4g}, trial {best.number})")
-        parts += [_settings(trial), f"[{over}/{record.wanted}, {loop.duration(left)} left]"]
-        print("  ".join(parts), file=sys.stderr, flush=True)
+        parts += [_settings(trial), f"[{self.status.done}/{record.wanted}, {left} left]"]
+        self.status.say("  ".join(parts))
+
+    def began_again(self, number: int | None) -> None:
+        """Count a trial whose process died, and say that another goes on with it."""
+        self.status.add(0, tell=False, retries=1)
+        self.status.say(f"trial {number}: its process died; it goes on from its checkpoint")
 
 
 def _settings(trial: TrialRecord) -> str:

@@ -19,7 +19,6 @@ import mmap
 import operator
 import os
 import re
-import sys
 import tarfile
 import tempfile
 import threading
@@ -38,14 +37,13 @@ import torch
 
 from objdyn.clips import CODECS, Clip, from_sample, to_sample
 from objdyn.families import FAMILIES
-from pipeline import checkpoint, claim, loop, reader, stop, store, tables
+from pipeline import checkpoint, claim, loop, reader, status, stop, store, tables
 from pipeline.config import VerifyRun
 from pipeline.shard import INDEX_SCHEMA, OWNER, QUARANTINE_SCHEMA
 
 Kind = Literal["damaged", "missing", "extra", "leftover"]
 DEPTH = 2
 """How far below PATH, and below the trials of a sweep, folders are looked for."""
-PROGRESS_SECONDS = 10.0
 SHOWN = 5
 """Most names that a note lists."""
 
@@ -380,7 +378,7 @@ def _verify_split(folder: Folder, work: "_Work") -> str:
             return fault
         return None
 
-    for listed, fault in zip(shards, work.map(f"{folder.path}: shard", check, range(len(shards))), strict=True):
+    for listed, fault in zip(shards, work.map("shards", check, range(len(shards))), strict=True):
         if fault is not None:
             folder.find(fault.kind, listed["name"], str(fault))
     for name in sorted(set(tars) - {listed["name"] for listed in shards}):
@@ -599,7 +597,7 @@ def _verify_run(folder: Folder, work: "_Work") -> str:
     complete = [name for name, entries in contents.items() if "COMPLETE" in entries]
 
     found = work.map(
-        f"{folder.path}: checkpoint",
+        "checkpoints",
         lambda name: verify_checkpoint(folder.at("checkpoints", name)),
         complete,
         threads=False,  # one model in memory at a time
@@ -818,7 +816,7 @@ def _verify_tables(folder: Folder, work: "_Work") -> str:
     basis = settings or manifest
     if basis is None:
         return ""
-    parts = work.map(f"{folder.path}: part", lambda r: verify_part(folder.path, r, basis), records)
+    parts = work.map("parts", lambda r: verify_part(folder.path, r, basis), records)
     clips: dict[str, str] = {}
     for record, part in zip(records, parts, strict=True):
         name = record["name"]
@@ -1266,7 +1264,7 @@ def _report_uploads(root: str, run: VerifyRun) -> Counter[str]:
             _say("removed", f"{path} (unfinished upload)")
             continue
         if run.clean:
-            text += f"; kept: begun {loop.duration(max(0, seconds))} ago, less than --min-age {run.min_age:g} minutes"
+            text += f"; kept: begun {status.duration(max(0, seconds))} ago, less than --min-age {run.min_age:g} minutes"
         _say("leftover", f"{path}: {text}")
         counts["leftover"] += 1
     return counts
@@ -1301,7 +1299,7 @@ def _remove(folder: Folder, finding: Finding, age: Callable[[str], float], min_a
     # Ray's storage lies still while a run trains, so the whole run must.
     seconds = age(folder.path if finding.path == ".ray" else path)
     if min_age and seconds < 60 * min_age:
-        return f"changed {loop.duration(max(0, seconds))} ago, which is less than --min-age {min_age:g} minutes"
+        return f"changed {status.duration(max(0, seconds))} ago, which is less than --min-age {min_age:g} minutes"
     if _STEP.fullmatch(path.rpartition("/")[2]) and store.exists(store.join(path, "COMPLETE")):
         return "it is complete by now"
     try:
@@ -1370,41 +1368,20 @@ class _Work:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def map(self, label: str, function: Callable[[T], R], items: Sequence[T], threads: bool = True) -> list[R]:
+    def map(self, unit: str, function: Callable[[T], R], items: Sequence[T], threads: bool = True) -> list[R]:
         """Call a function on every item and return the results in order."""
-        progress = _Progress(label, len(items))
-        try:
+        with status.Status("verify", len(items), unit, brief=True) as progress:
             if not threads:
-                return [progress.step(function(item)) for item in items]
+                found = []
+                for item in items:
+                    found.append(function(item))
+                    progress.add()
+                return found
             futures = [self._pool.submit(function, item) for item in items]
             for future in as_completed(futures):
-                progress.step(future.result())
+                future.result()
+                progress.add()
             return [future.result() for future in futures]
-        finally:
-            progress.close()
-
-
-class _Progress:
-    """A bar on a terminal; in a log a line every ten seconds."""
-
-    def __init__(self, label: str, total: int) -> None:
-        from tqdm import tqdm
-
-        self._label, self._total, self._done = label, total, 0
-        self._bar = tqdm(total=total, desc=label, disable=None, leave=False)
-        self._log, self._told = not sys.stderr.isatty(), time.monotonic()
-
-    def step(self, result: R) -> R:
-        """Count one, and pass its result on."""
-        self._done += 1
-        self._bar.update()
-        if self._log and time.monotonic() - self._told >= PROGRESS_SECONDS:
-            self._told = time.monotonic()
-            print(f"verify {self._label} {self._done}/{self._total}", file=sys.stderr, flush=True)
-        return result
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 _VERIFIERS: dict[str, Callable[[Folder, _Work], str]] = {

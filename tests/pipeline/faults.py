@@ -8,7 +8,7 @@ One process imports everything and forks another one for each life of a stage, w
 in place of Ray. An experiment kills up to five lives at a failpoint, and lets the last one end. After each death
 readers must refuse what is there with a message, or find in it only what they could find in the undisturbed run. In the
 end every file must be the same, leaving out: temporary files of the dead, TensorBoard's event files, and the field
-``steps_per_second`` in metrics.jsonl. The disk-full experiments do the same with an error in place of a death, which
+``loop.CLOCK_FIELDS`` in metrics.jsonl. The disk-full experiments do the same with an error in place of a death, which
 must name the file and leave no temporary one. Last come two workers, one of which meets losses that are not finite.
 """
 
@@ -208,7 +208,7 @@ def digest(value: Any) -> str:
 def lines_of(path: Path) -> list[dict[str, Any]]:
     """Whole lines of metrics without what the clock decides."""
     lines = loop.read_metrics(str(path.parent))
-    return [{name: value for name, value in line.items() if name != "steps_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in loop.CLOCK_FIELDS} for line in lines]
 
 
 def files(out: str) -> dict[str, Any]:

@@ -474,14 +474,8 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
     out = Terminal()
     progress = loop.Progress(100, file=out)
     progress.show({"kind": "train", "step": 50, "steps": 100, "loss": 1.5, "lr": 0.1, "steps_per_second": 2.0})
-    progress.close()
     assert "50/100" in out.getvalue()
     assert "\r" in out.getvalue()
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(5, "0m05s"), (75.4, "1m15s"), (3725, "1h02m")])
-def test_duration_reads_well(seconds: float, text: str) -> None:
-    assert loop.duration(seconds) == text
 
 
 def test_the_bare_command_line_trains_and_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
