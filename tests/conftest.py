@@ -22,6 +22,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_ENABLE_PRINT_PATCH="0",
+    RAY_metrics_report_interval_ms="500",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     OMP_NUM_THREADS="1",
     OMP_WAIT_POLICY="passive",

@@ -3,7 +3,13 @@
 import contextlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,3 +163,107 @@ def test_duration_reads_well(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1.2e6, "1.2 MB"), (3e12, "3.0 TB")])
 def test_size_reads_well(count: float, text: str) -> None:
     assert status.size(count) == text
+
+
+def samples(port: int) -> dict[tuple[str, str, str], float]:
+    """What Prometheus would read from Ray: our numbers by name, split and, of seconds, phase."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    found = {}
+    for name, labels, value in re.findall(r"^ray_objdyn_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        assert label["stage"] == name.partition("_")[0]
+        found[name, label["split"], label.get("phase", "")] = float(value)
+    return found
+
+
+def wait_for_sample(name: str, split: str, value: float) -> dict[tuple[str, str, str], float]:
+    import ray
+
+    deadline = time.monotonic() + 60
+    while (found := samples(ray.nodes()[0]["MetricsExportPort"])).get((name, split, "")) != value:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_jobs_log_and_prometheus_see_what_tasks_came_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline import shard
+
+    def task(item: str) -> str:
+        if item == "dies" and not (tmp_path / item).exists():
+            (tmp_path / item).touch()
+            os._exit(1)
+        return json.dumps({"fault": ["x", "unreadable", "y"]} if item == "bad" else {"bytes": 1000})
+
+    status.tag(split="tiny")
+    assert len(shard._run_tasks(task, ["good", "dies", "bad", "good"], "probe")) == 4
+    status.tag()
+    last = r"probe: 4/4 videos  [\d.]+/s  in \dm\d\ds  1 quarantined  1 retries  3 kB  \(read 100 %\)"
+    assert re.fullmatch(last, capsys.readouterr().err.splitlines()[-1])
+    found = wait_for_sample("probe_done_total", "tiny", 4)
+    assert found["probe_planned", "tiny", ""] == 4
+    assert found["probe_quarantined_total", "tiny", ""] == 1
+    assert found["probe_retries_total", "tiny", ""] == 1
+    assert found["probe_bytes_total", "tiny", ""] == 3000
+    assert found["probe_seconds_total", "tiny", "read"] > 0
+
+
+ROAD = """
+import dataclasses, json, sys
+from pathlib import Path
+from pipeline import tune
+from pipeline.config import ExtractRun, ShardRun, SweepRun
+from pipeline.extract import extract
+from pipeline.presets import PRESETS
+from pipeline.shard import shard
+from pipeline.train import train
+from tests.pipeline.test_status import wait_for_sample
+
+out = Path(sys.argv[1])
+for split in ("train", "val", "test"):
+    source = ShardRun("sim:balls-interaction", str(out / "data"), split=split, frames=10, workers=2)
+    shard(dataclasses.replace(source, limit=4, hop=100, clips_per_shard=2))
+run = dataclasses.replace(PRESETS["ddlp"]["debug"], data=str(out / "data"), out=str(out / "run"), workers=1)
+run = dataclasses.replace(run, steps=4, log_every=1, checkpoint_every=2)
+train(run)
+extract(ExtractRun(str(out / "run"), str(out / "data"), str(out / "tables"), context=4, horizon=2, workers=2))
+sweep = SweepRun("iodine/debug", out=str(out / "sweep"), trials=2, set=("steps=2",))
+tune.sweep(dataclasses.replace(sweep, search=("optim.lr=log:1e-4:1e-3",)))
+found = wait_for_sample("sweep_done_total", "", 2)
+print("SAMPLES " + json.dumps([[*key, value] for key, value in found.items()]))
+"""
+
+
+@pytest.mark.slow
+def test_no_stage_draws_bars_in_a_log_and_prometheus_sees_all(tmp_path: Path, repository: Path) -> None:
+    places = {"PYTHONPATH": str(repository), "RAY_metrics_report_interval_ms": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", ROAD, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"} | places,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for text in (done.stdout, done.stderr):
+        assert not re.search(r"\r|\x1b|it/s|\d%\|", text), text
+    stages = Counter(line.partition(":")[0] for line in done.stderr.splitlines() if re.match(r"\w+: \d+/\d+ ", line))
+    assert stages == {"build": 3, "train": 1, "extract": 1, "sweep": 1}
+    assert sum(line.startswith("step ") for line in done.stderr.splitlines()) == 4
+    assert len(done.stderr.splitlines()) < 30, done.stderr
+
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] == "train"]
+    found = {tuple(key): value for *key, value in json.loads(done.stdout.rpartition("SAMPLES ")[2])}
+    assert found["build_done_total", "train", ""] == found["build_done_total", "test", ""] == 2
+    assert found["build_bytes_total", "val", ""] == sum(p.stat().st_size for p in tmp_path.glob("data/val/*.tar"))
+    assert found["train_done_total", "train", ""] == found["train_planned", "train", ""] == 4
+    assert found["train_loss", "train", ""] == pytest.approx(lines[-1]["loss"])
+    for phase in ("data", "model", "optimizer"):
+        told = sum(line[f"{phase}_seconds"] for line in lines)
+        assert found["train_seconds_total", "train", phase] == pytest.approx(told)
+    assert found["extract_done_total", "test", ""] == 4
+    tables = [p for name in ("objects", "frames") for p in tmp_path.glob(f"tables/{name}/*.parquet")]
+    assert found["extract_bytes_total", "test", ""] == sum(path.stat().st_size for path in tables)
