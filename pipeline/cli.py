@@ -181,19 +181,17 @@ def _value_of(flag: str, words: Sequence[str]) -> str:
 
 
 def _log_to(path: str | None) -> None:
-    """Add status lines to a file.
+    """Add status lines to a file, or to none.
 
     Raises:
         OSError: it cannot be opened.
         ValueError: it is no local file.
     """
-    if path is None:
-        return
     from pipeline import status, store
 
-    if store.is_url(path):
+    if path is not None and store.is_url(path):
         raise ValueError(f"{LOG} {path}: object storage cannot append; give a local file")
-    status.log_to(store.resolve(path, LOG))
+    status.log_to("" if path is None else store.resolve(path, LOG))
 
 
 def _stored_run(path: str, presets: Mapping[str, tuple[str, Any]]) -> Any:

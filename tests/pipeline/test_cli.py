@@ -1,6 +1,7 @@
 """The command line: what is parsed, what is printed, and with which status it ends."""
 
 import dataclasses
+import json
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pipeline import presets, store
 from pipeline.checkpoint import config_to_json
 from pipeline.cli import command, main, parse
 from pipeline.config import TrainRun
+from pipeline.status import Status
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,33 @@ def test_result_is_printed_and_status_is_zero(capsys):
 def test_function_without_result_prints_nothing(capsys):
     assert call("--data d", function=lambda run: None) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_status_lines_go_to_the_file_of_log(tmp_path, capsys):
+    def stage(run: Run) -> None:
+        with Status("build", 3, "shards") as progress:
+            progress.add(3, quarantined=1)
+
+    log = tmp_path / "log.jsonl"
+    for words in (f"--log {log} --data d", f"--data d --log={log}", "--data d"):
+        assert call(words, function=stage) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line["stage"], line["done"], line["quarantined"], line["state"]) for line in lines] == [
+        ("build", 3, 1, "done")
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        ("--data d --log", 2, "--log wants a FILE to add a line of JSON to"),
+        ("--data d --log s3://bucket/log", 1, "object storage cannot append"),
+        ("--data d --log /nowhere/log", 1, "No such file or directory: /nowhere/log"),
+    ],
+)
+def test_a_log_that_cannot_be_is_refused(capsys, words, status, message):
+    assert call(words) == status
+    assert message in capsys.readouterr().err
 
 
 def test_required_flag_is_named_when_missing(capsys):

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,40 @@ def test_a_run_leaves_config_metrics_events_and_checkpoints(undisturbed: Path) -
     assert [(line["kind"], line["step"]) for line in lines] == [
         ("train", 2), ("train", 4), ("eval", 4), ("train", 6), ("eval", 6),
     ]  # fmt: skip
-    assert {"loss", "recon", "kl_static", "kl_dynamic", "steps_per_second", "lr"} <= set(lines[0])
+    assert {"loss", "recon", "kl_static", "kl_dynamic", "lr"} | loop.CLOCK_FIELDS <= set(lines[0])
     assert {"loss", "recon_psnr", "predict_psnr", "copy_last_predict_psnr"} <= set(lines[2])
     events = EventAccumulator(str(undisturbed / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/recon")] == [2, 4, 6]
     assert checkpoint.last_step(str(undisturbed)) == 6
     model = checkpoint.load_model(str(undisturbed)).model
     assert int(model.step) == 6
+
+
+def test_the_time_of_a_training_is_told_by_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def delay(module: Any, name: str, seconds: float) -> None:
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: [time.sleep(seconds), original(*a, **k)][1])
+
+    delay(loop, "_loss", 0.05)
+    delay(checkpoint, "save_checkpoint", 0.1)
+    delay(loop, "evaluate", 0.2)
+    delay(loop, "learning_rate", 0.03)
+    run = loop.open_run(run_in(tmp_path / "run"))
+    begin = time.monotonic()
+    loop.train(run)
+    whole = time.monotonic() - begin
+    lines = [line for line in loop.read_metrics(run.out) if line["kind"] == "train"]
+    for line in lines:
+        assert line["model_seconds"] >= 2 * 0.05
+        assert line["optimizer_seconds"] >= 2 * 0.03
+        stepping = sum(line[f"{phase}_seconds"] for phase in ("data", "model", "optimizer"))
+        assert line["steps_per_second"] == pytest.approx(2 / stepping)
+    # what follows a line stands in the next one: checkpoints after 2, 4 and 6 steps, evaluations after 4 and 6
+    assert lines[0]["checkpoint_seconds"] == lines[0]["eval_seconds"] == 0
+    assert lines[1]["eval_seconds"] == 0
+    assert min(line["checkpoint_seconds"] for line in lines[1:]) >= 0.1
+    assert lines[2]["eval_seconds"] >= 0.2
+    assert sum(line[f"{phase}_seconds"] for line in lines for phase in loop.PHASES) <= whole
 
 
 def test_a_resumed_run_is_bit_identical(undisturbed: Path, tmp_path: Path) -> None:
