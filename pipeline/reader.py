@@ -544,7 +544,7 @@ class _FolderSource:
 
     def _map_local(self, path: str, shown: str, listed: _Listed) -> mmap.mmap:
         try:
-            with open(path, "rb") as file:
+            with store.open_local(path) as file:
                 status = os.fstat(file.fileno())
                 if status.st_size != listed.bytes or status.st_size == 0:
                     raise ValueError(

@@ -434,9 +434,12 @@ class SourceFiles:
         self._failed = ""
 
     def open(self, path: str) -> BinaryIO:
+        where = store.join(self._root, path)
+        if not store.is_url(where) and os.path.exists(where) and not os.path.isfile(where):
+            raise VideoError("no-file", f"{path} is a pipe, a socket or a device")
         with self.watch(path):
             return cast(
-                BinaryIO, io.BufferedReader(_SourceFile(self, path, store.open_read(store.join(self._root, path))))
+                BinaryIO, io.BufferedReader(_SourceFile(self, path, store.open_read(where)))
             )
 
     @contextlib.contextmanager

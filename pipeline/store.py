@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import urllib.parse
@@ -266,6 +267,20 @@ def is_file(path: str) -> bool:
     return bool(filesystem().isfile(path)) if is_url(path) else os.path.isfile(path)
 
 
+def open_local(path: str) -> BinaryIO:
+    """Open a local file for reading, and nothing else: a pipe would wait for ever, a device may never end.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        OSError: it is no regular file.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "a pipe, a socket or a device and no file", path)
+    return file
+
+
 def open_read(path: str) -> BinaryIO:
     """Open a file for reading.
 
@@ -273,7 +288,7 @@ def open_read(path: str) -> BinaryIO:
         FileNotFoundError: it is not there.
     """
     if not is_url(path):
-        return open(path, "rb")
+        return open_local(path)
     with _naming_object(path):
         return cast(BinaryIO, filesystem().open(path, "rb"))
 
@@ -289,7 +304,7 @@ def read_bytes(path: str, expected_sha256: str | None = None) -> bytes:
         with _naming_object(path):
             data = cast(bytes, filesystem().cat_file(path))
     else:
-        with open(path, "rb") as file:
+        with open_local(path) as file:
             data = file.read()
     if expected_sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != expected_sha256:
         raise ValueError(f"{path} is damaged: its SHA-256 is {found}, not {expected_sha256} as recorded; restore it")

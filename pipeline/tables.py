@@ -709,7 +709,7 @@ def _parquet_file(source: Any, path: str, metadata: pq.FileMetaData | None = Non
 def _naming_damage(path: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:  # the last: a column that is not there
         reason = " ".join(str(error).split())
         message = f"{path} cannot be read ({reason}); if it is damaged, delete it and run jobs/extract.py again"
         raise ValueError(message) from error

@@ -60,6 +60,7 @@ KILLED = "of a job that was killed or is writing it now: verify.py --clean remov
 
 _SHARD = re.compile(r"shard-\d{5,}")
 _STEP = re.compile(r"step-(\d{8,})")
+_LONGEST = 1000  # letters of a finding: what it quotes may come from a stranger's file
 _PROBE = re.compile(r"\.objdyn-probe-[0-9a-f]{32}(-\w+)?")  # of cluster.require_shared and store.supports_create
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TABLES: tuple[tables.Table, ...] = ("objects", "frames")
@@ -1315,6 +1316,7 @@ def _remove(folder: Folder, finding: Finding, age: Callable[[str], float], min_a
 def _say(kind: str, text: str) -> None:
     """Print one line, whatever a name or a damaged file holds."""
     if text:
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
         shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
         print(f"{kind:<8}  {shown}", flush=True)
 

@@ -14,6 +14,7 @@ from objdyn.datasets import videos
 from objdyn.datasets.preprocessing import Preprocessing
 from objdyn.datasets.sources import Cut, Fault, Found, Open, Video, is_hidden, natural_order
 
+_LONGEST_HEADER = 1 << 20
 
 def find(listing: Sequence[str]) -> Found:
     """Every tar is a container of videos, see ``scan``."""
@@ -33,7 +34,7 @@ def scan(container: Video, open_file: Open, limits: Limits = NO_LIMITS) -> Found
     seen: Counter[str] = Counter()
     try:
         with open_file(path) as file:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
                 for member in tar:
                     limits.on_frame()
                     end = member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
@@ -73,6 +74,19 @@ def read(
 
 def _member(video: Video, open_file: Open) -> Open:
     return lambda path: cast(BinaryIO, io.BufferedReader(_Member(open_file(path), *video.part)))
+
+
+class _Headers:
+    """A file of which only headers are read: one with a long name may claim any size, and would be read as a whole."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header claims {size} bytes")
+        return self._file.read(size)
 
 
 class _Member(io.RawIOBase):
