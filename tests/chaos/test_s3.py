@@ -97,7 +97,16 @@ def test_whole_quickstart_on_s3_leaves_no_credentials_anywhere(
         job("verify", f"{quick}/{folder}")
     data = ["--data", f"{quick}/data"]
     job("train_ddlp", "debug", *data, "--out", f"{s3_folder}/run", "--steps", "2", "--init", f"{quick}/run")
-    study = ["--study-storage", str(tmp_path / "study.db"), "--trials", "2", "--set", "steps=2", "clip_frames=4"]
+    study = [
+        "--study-storage",
+        str(tmp_path / "study.db"),
+        "--trials",
+        "2",
+        "--set",
+        "steps=2",
+        "clip_frames=2",
+        "model.image_size=64",
+    ]
     job("sweep", "iodine/debug", *data, "--out", sweep, "--search", "optim.lr=log:1e-4:1e-3", *study)
     job("export", "--tables", f"{quick}/tables", "--out", f"{s3_folder}/dense.parquet")
     job("extract", "--checkpoint", f"{quick}/run", *data, "--out", f"{quick}/data", status=1)
