@@ -260,7 +260,10 @@ def _run_trials(run: SweepRun, study: SweepStudy, job: Job, held: claim.Claim) -
     }.items():  # fmt: skip
         os.environ.setdefault(name, value)
     from ray import tune
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
+    # Ray would write the driver's keys into its logs, with each trial's environment. Nodes have their own.
+    ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # of trials that fail the sweep says more itself
 
     from pipeline.searcher import StudyCallback, StudySearcher, StudyStopper
