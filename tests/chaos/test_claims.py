@@ -81,11 +81,12 @@ def _lost(held: claim.Claim) -> bool:
 
 def job(stage: str, out: Path, *more: str) -> list[str]:
     if stage == "training":
-        words = ["-m", "pipeline.loop", "iodine/debug", "--data", "sim:balls-interaction", "--steps", "6"]
-        words += ["--set", "checkpoint_every=2", "eval_every=0", "threads=1", "device=cpu"]
+        words = ["-m", "pipeline.loop", "iodine/debug", "--steps", "6"]
+        for setting in ("checkpoint_every=2", "eval_every=0", "threads=1", "device=cpu"):
+            words += ["--set", setting]
     else:
         words = ["jobs/make_shards.py", "--source", "sim:balls-interaction", "--limit", "8", "--frames", "4"]
-        words += ["--size", "32", "--clips-per-shard", "2", "--split", "train", "--workers", "1"]
+        words += ["--size", "64", "--clips-per-shard", "2", "--split", "train", "--workers", "1"]
     return [sys.executable, *words, "--out", str(out), *more]
 
 
@@ -101,24 +102,33 @@ def test_of_two_real_jobs_one_wins_and_when_it_is_killed_the_next_goes_on(
 ) -> None:
     count = fault(FAULT)
     environment = {**os.environ, "PYTHONPATH": str(repository)}
-    run = {"env": environment, "cwd": repository, "text": True, "capture_output": True, "check": False}
     alone, out, counts = tmp_path / "alone", tmp_path / "out", tmp_path / "counts"
-    undisturbed = subprocess.run(job(stage, alone), **run)  # type: ignore[call-overload]
-    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    def finish(*words: str) -> str:
+        done = subprocess.run(words, env=environment, cwd=repository, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    finish(*job(stage, alone))
     counts.mkdir()
     point = "publish:step-00000004/COMPLETE" if stage == "training" else "publish:shard-00001.tar"
     faults = {"OBJDYN_FAILPOINTS": f"{point}=hang", "OBJDYN_FAILPOINTS_DIR": str(counts)}
-    log = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": repository}
-    both = [subprocess.Popen(job(stage, out), env=environment | faults, **log) for _ in range(2)]  # type: ignore[call-overload]
+    logs = [tmp_path / f"{number}.log" for number in range(2)]
+    both = []
+    for log in logs:
+        with log.open("w") as file:
+            both.append(
+                subprocess.Popen(job(stage, out), env=environment | faults, cwd=repository, stdout=file, stderr=file)
+            )
     try:
         count.injected += 1
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while all(each.poll() is None for each in both):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        (loser,) = [each for each in both if each.poll() is not None]
+        ((loser, log),) = [pair for pair in zip(both, logs, strict=True) if pair[0].poll() is not None]
         (winner,) = [each for each in both if each.poll() is None]
-        told = loser.communicate()[0]
+        told = log.read_text()
         assert loser.returncode == 1, told
         assert f"is in use by {'train' if stage == 'training' else 'make_shards'}, process {winner.pid} on" in told
         count.recovered()
@@ -128,12 +138,11 @@ def test_of_two_real_jobs_one_wins_and_when_it_is_killed_the_next_goes_on(
     finally:
         for each in both:
             each.kill()
-            each.communicate()
+            each.wait()
     count.injected += 1
     begin = time.monotonic()
-    last = subprocess.run(job(stage, out, *(["--resume"] if stage == "training" else [])), **run)  # type: ignore[call-overload]
-    assert last.returncode == 0, last.stderr
-    assert "watching whether it still works" not in last.stderr  # it saw at once that the owner is dead
+    told = finish(*job(stage, out, *(["--resume"] if stage == "training" else [])))
+    assert "watching whether it still works" not in told  # it saw at once that the owner is dead
     count.recovered(time.monotonic() - begin)
     same = content(out) == content(alone)
     count.wrong += not same
