@@ -98,7 +98,9 @@ def _fit(run: TrainRun, held: claim.Claim, use_gpu: bool, gpus: float) -> None:
     """Run the workers once, from the last checkpoint until they end."""
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from pipeline.gloo import AddressedTorchConfig
 
     scratch = store.join(run.out, ".ray")
     store.remove_tree(scratch)
@@ -106,11 +108,15 @@ def _fit(run: TrainRun, held: claim.Claim, use_gpu: bool, gpus: float) -> None:
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     # For a worker that is stopped as a whole, whose own watchdog stands still, too.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(run.stall_seconds)
+    if (slots := int(ray.cluster_resources().get("CPU", 0))) < run.workers:  # Ray waits without end or word
+        text = f"waiting for {run.workers} CPU slots; the cluster has {slots} now"
+        print(text, file=sys.stderr, flush=True)
     path, filesystem = ray_storage(run.out)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"run": run, "use_gpu": use_gpu},
-        torch_config=TorchConfig(timeout_s=max(1, round(run.stall_seconds))),  # for peers that never come
+        # Not for ever, for peers that never come.
+        torch_config=AddressedTorchConfig(timeout_s=max(1, round(run.stall_seconds))),
         scaling_config=ScalingConfig(
             num_workers=run.workers,
             use_gpu=use_gpu,
