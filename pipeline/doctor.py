@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import io
+import logging
 import os
 import platform
 import shutil
@@ -30,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pipeline import cluster, failpoints, machine, store, trial
+from pipeline import cluster, failpoints, machine, nodes, store, trial
 from pipeline.config import DoctorRun, ShardRun, TrainRun, with_overrides
 
 AGENT_PORT = 52365
@@ -39,6 +40,8 @@ LONG_HOURS = 48.0
 """Training that is estimated to take longer is warned of."""
 ANSWER_SECONDS = 60.0
 """How long Ray may take for a small task."""
+SKEW_SECONDS = 2.0
+"""How far a node's clock may be off before it is warned of."""
 STEP_SECONDS = 300.0
 """How long the training steps may take together."""
 STAGES = ("shard", "reader", "loop", "train", "extract", "evaluate", "report", "tables")
@@ -220,10 +223,10 @@ def check_ray_authentication(case: Case) -> Iterator[Finding]:
     elif mode == "token":
         yield Finding("ok", name, f"{given}, and there is one")
     elif host and not machine.is_loopback(host):
-        own = machine.is_own_address(host)
         text = f"{given}, and the cluster listens on {host}: whoever reaches it runs code there; use token on head, "
-        text += "workers and clients" + (", or start the head with --node-ip-address=127.0.0.1" if own else "")
-        yield Finding("warn" if own else "FAIL", name, text)
+        text += "workers and clients"
+        text += ", or start the head with --node-ip-address=127.0.0.1" if machine.is_own_address(host) else ""
+        yield Finding("FAIL", name, text)
     elif mode == "disabled":
         where = f"the cluster at {host}" if host else "a job's private Ray"
         yield Finding("ok", name, f"{given}; {where} listens on the loopback interface only")
@@ -300,8 +303,30 @@ def check_private_ray(case: Case) -> Iterator[Finding]:
     yield Finding("ok", "private ray", text)
 
 
+def check_open_cluster(case: Case) -> Iterator[Finding]:
+    """Whether a joined cluster answers somebody without its token, whatever this machine's settings say."""
+    if not case.run.ray or not cluster.is_joined():
+        return
+    cluster.connect()
+    import ray
+
+    addresses = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    head, port = _host_and_port(ray.get_runtime_context().gcs_address)
+    if all(map(machine.is_loopback, addresses | {head})):
+        yield Finding("ok", "open cluster", f"the cluster listens on {head} only, so that no other machine reaches it")
+        return
+    dashboard = _host_and_port(ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url or "")[1]
+    doors = {"control store": (head, port), "dashboard": (head, dashboard)}
+    opened = [f"{what} at {host}:{port}" for what, (host, port) in doors.items() if _is_open(what, host, port)]
+    if opened:
+        text = f"the {' and the '.join(opened)} answers without a token: whoever reaches it runs code on every node; "
+        yield Finding("FAIL", "open cluster", f"{text}start head and workers with RAY_AUTH_MODE=token")
+    else:
+        yield Finding("ok", "open cluster", f"the cluster at {head} answers nobody without its token")
+
+
 def check_nodes(case: Case) -> Iterator[Finding]:
-    """Whether every node of a joined cluster has the software that this machine has, and sees the folders."""
+    """Whether every node of a joined cluster has this machine's software, sees the folders and works."""
     if not case.run.ray or not cluster.is_joined():
         return
     cluster.connect()
@@ -309,15 +334,20 @@ def check_nodes(case: Case) -> Iterator[Finding]:
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
-    ask, video = ray.remote(num_cpus=0, max_retries=0)(node_facts), tiny_video()
+    read = tuple(path for path in (case.data, case.source) if path and not path.startswith("sim:"))
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    ask, video = ray.remote(num_cpus=0, max_retries=0)(node_report), tiny_video()
+    asked = time.time()
     answers = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(video)
-        for node, _ in nodes
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            video, case.out, read, node.get("Resources", {}).get("GPU", 0), _session_folder(node)
+        )
+        for node in alive
     ]
     ready, _ = ray.wait(answers, num_returns=len(answers), timeout=ANSWER_SECONDS)
-    here = node_facts(video)
-    for (_, address), answer in zip(nodes, answers, strict=True):
+    here, answered = node_facts(video), time.time()
+    for node, answer in zip(alive, answers, strict=True):
+        address = node["NodeManagerAddress"]
         if answer not in ready:
             text = f"{address} did not answer within {ANSWER_SECONDS:.0f} s; look at `ray status`, or remove the node"
             yield Finding("FAIL", "nodes", text)
@@ -326,18 +356,24 @@ def check_nodes(case: Case) -> Iterator[Finding]:
             there = ray.get(answer)
         except RayError as error:
             reason = str(error).strip().splitlines()[-1]
-            yield Finding("FAIL", "nodes", f"{address} cannot run our code ({reason}); install objdyn there")
+            yield Finding("FAIL", "nodes", f"{address} cannot run our code ({reason}); install this objdyn there")
             continue
-        differ = [f"{name} {there.get(name)} instead of {value}" for name, value in here.items()]
-        differ = [text for text, name in zip(differ, here, strict=True) if there.get(name) != here[name]]
-        if differ:
+        found = there["software"]
+        if differ := [
+            f"{name} {found.get(name)} instead of {value}" for name, value in here.items() if found.get(name) != value
+        ]:
             yield Finding("FAIL", "nodes", f"{address} has {', '.join(differ)}; install the same on every node")
+        for fault in there["faults"]:
+            yield Finding("FAIL", "nodes", f"{address} {fault}")
+        if (off := max(asked - there["time"], there["time"] - answered)) > SKEW_SECONDS:
+            text = (
+                f"the clock of {address} is off by {_duration(off)} or more from this machine's, so that logs do not "
+            )
+            yield Finding("warn", "nodes", f"{text}fit together and S3 may refuse what it signs; run NTP there")
     resources = ray.cluster_resources()
-    text = f"{len(nodes)} up with {resources.get('CPU', 0):.0f} CPUs and {resources.get('GPU', 0):.0f} GPUs; this "
+    text = f"{len(alive)} up with {resources.get('CPU', 0):.0f} CPUs and {resources.get('GPU', 0):.0f} GPUs; this "
     yield Finding("ok", "nodes", f"{text}machine has {', '.join(f'{name} {value}' for name, value in here.items())}")
-    cluster.require_shared(
-        [path for path in (case.out, case.data, case.source) if path and not path.startswith("sim:")]
-    )
+    cluster.require_shared((case.out, *read))
 
 
 def check_out(case: Case) -> Iterator[Finding]:
@@ -559,6 +595,7 @@ CHECKS: tuple[Check, ...] = (
     check_shared_memory,
     check_other_rays,
     check_private_ray,
+    check_open_cluster,
     check_nodes,
     check_out,
     check_video_decoders,
@@ -584,6 +621,15 @@ def node_facts(video: bytes) -> dict[str, str]:
     names = ("torch", "ray", "av", "pyarrow", "objdyn")
     versions = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **versions, "code": _code_digest()}
+
+
+def node_report(video: bytes, out: str, read: Sequence[str], gpus: float, folder: str) -> dict[str, Any]:
+    """What a node says of itself, see ``nodes.report``, with its ``software``; the body of a Ray task.
+
+    Raises:
+        ValueError: the video does not decode.
+    """
+    return {"software": node_facts(video), **nodes.report(out, read, gpus, folder)}
 
 
 def tiny_video() -> bytes:
@@ -654,6 +700,15 @@ def _unmet(text: str, chosen: frozenset[str] = frozenset()) -> Iterator[str]:
     elif requirement.extras:
         for each in importlib.metadata.requires(requirement.name) or ():
             yield from _unmet(each, frozenset(requirement.extras))
+
+
+def _session_folder(node: dict[str, Any]) -> str:
+    """Where Ray keeps a node's logs, sockets and spilt objects, on that node."""
+    return os.path.dirname(os.path.dirname(node.get("RayletSocketName", "")))
+
+
+def _is_open(what: str, host: str, port: int) -> bool:
+    return bool(port) and nodes.answers_without_token(host, port, dashboard=what == "dashboard")
 
 
 def _cluster_host() -> str:

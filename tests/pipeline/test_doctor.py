@@ -1,12 +1,16 @@
 import dataclasses
 import errno
+import http.server
 import importlib.metadata
 import os
 import platform
 import re
 import runpy
+import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import cluster, doctor, failpoints, machine, store, trial
+from pipeline import cluster, doctor, failpoints, machine, nodes, store, trial
 from pipeline.config import DoctorRun, ShardRun, with_overrides
 from pipeline.doctor import Case, Finding
 from pipeline.presets import PRESETS
@@ -261,11 +265,11 @@ def test_token_that_others_can_read_is_warned_of(look: Look, monkeypatch: pytest
     assert f"mode 0644, so others can read the token: chmod 600 {tmp_path}/token" in wide.text
 
 
-def test_own_address_without_authentication_is_a_warning(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_address_without_authentication_is_a_failure(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7:6379")
     monkeypatch.setattr(machine, "is_own_address", lambda host: host == "192.0.2.7")
     (finding,) = (each for each in look(doctor.check_ray_authentication) if "192.0.2.7" in each.text)
-    assert finding.level == "warn"
+    assert finding.level == "FAIL"
     assert "--node-ip-address=127.0.0.1" in finding.text
 
 
@@ -324,20 +328,95 @@ def test_nodes_with_other_software_are_named(
     monkeypatch.setattr(ray, "nodes", lambda: [node, {**node, "Alive": False}])
     assert levels(look(doctor.check_nodes)) == ["ok"]
     monkeypatch.setattr(doctor, "_code_digest", lambda: "changed")
-    here, driver = doctor.node_facts(doctor.tiny_video()), os.getpid()
+    here = doctor.node_facts(doctor.tiny_video())
     first, last = look(doctor.check_nodes)
     assert (first.level, last.level) == ("FAIL", "ok")
     assert re.fullmatch(r"127\.0\.0\.1 has code \w{12} instead of changed; install the same.*", first.text)
 
-    def broken(video: bytes) -> dict[str, str]:
-        if os.getpid() != driver:
-            raise ImportError("no module named objdyn")
-        return here
+    def broken(*_: object) -> dict[str, Any]:
+        raise ImportError("no module named objdyn")
 
-    monkeypatch.setattr(doctor, "node_facts", broken)
+    monkeypatch.setattr(doctor, "node_report", broken)
     first, last = look(doctor.check_nodes)
     assert (first.level, last.level) == ("FAIL", "ok")
     assert first.text.startswith("127.0.0.1 cannot run our code (ImportError: no module named objdyn)")
+
+    def late(*_: object) -> dict[str, Any]:
+        return {"software": here, "faults": ["cannot write /data: mount it there"], "time": time.time() + 1000}
+
+    monkeypatch.setattr(doctor, "node_report", late)
+    fault, skew, last = look(doctor.check_nodes)
+    assert (fault.level, skew.level, last.level) == ("FAIL", "warn", "ok")
+    assert fault.text == "127.0.0.1 cannot write /data: mount it there"
+    assert re.search(r"the clock of 127\.0\.0\.1 is off by 16\.\d minutes or more", skew.text), skew.text
+
+
+def test_cluster_that_answers_without_a_token_is_a_failure(
+    ray_local: None, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    assert look(doctor.check_open_cluster) == []
+    monkeypatch.setattr(cluster, "is_joined", lambda: True)
+    assert levels(look(doctor.check_open_cluster)) == ["ok"]  # it listens on the loopback interface
+    monkeypatch.setattr(machine, "is_loopback", lambda host: False)
+    (finding,) = look(doctor.check_open_cluster)
+    assert finding.level == "FAIL"
+    host, port = ray.get_runtime_context().gcs_address.split(":")
+    assert f"the control store at {host}:{port} and the dashboard at {host}:" in finding.text
+    monkeypatch.setattr(nodes, "answers_without_token", lambda *args, **options: False)
+    assert levels(look(doctor.check_open_cluster)) == ["ok"]
+
+
+@pytest.mark.parametrize(("status", "answers"), [(200, True), (401, False)])
+def test_dashboard_that_wants_a_token_is_told_from_one_that_does_not(status: int, answers: bool) -> None:
+    class Dashboard(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.headers["Authorization"] is None else 500)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.handle_request).start()
+        assert nodes.answers_without_token("127.0.0.1", server.server_port, dashboard=True) is answers
+    assert not nodes.answers_without_token("127.0.0.1", server.server_port, dashboard=True)  # nobody is there
+    assert not nodes.answers_without_token("127.0.0.1", server.server_port, dashboard=False)
+
+
+def test_node_says_what_is_wrong_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    fine = nodes.report(str(tmp_path / "runs" / "new"), [str(tmp_path / "data")], 0, str(tmp_path))
+    assert fine["faults"] == []
+    assert time.time() - 60 < fine["time"] <= time.time()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100 * 10**9, 96 * 10**9, 4 * 10**9))
+    monkeypatch.setattr(nodes, "_COUNT_GPUS", "print(1, '12.8')")
+    write, read, disk, gpus = nodes.report("/proc/objdyn", [str(tmp_path / "absent")], 2, str(tmp_path))["faults"]
+    assert write.startswith("cannot write /proc (")
+    assert read.startswith(f"cannot read {tmp_path}/absent (")
+    assert disk.startswith(f"has 4.0 of 100.0 GB free at {tmp_path}")
+    assert gpus.startswith("is said to have 2 GPUs, but torch sees 1: look at nvidia-smi")
+    monkeypatch.setattr(nodes, "_COUNT_GPUS", "print(0, None)")
+    assert "sees 0: install torch's CUDA build" in nodes.report(str(tmp_path), [], 1, "")["faults"][0]
+    monkeypatch.setattr(nodes, "_COUNT_GPUS", "print(2, '12.8')")
+    assert nodes.report(str(tmp_path), [], 2, "")["faults"] == []
+
+
+def test_node_that_the_storage_refuses_says_so(s3_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nodes.report(f"{s3_folder}/out", [f"{s3_folder}/data"], 0, "")["faults"] == []
+    (write,) = nodes.report("s3://no-such-bucket/out", [], 0, "")["faults"]
+    assert write.startswith("cannot write s3://no-such-bucket/out (")
+    assert "give the node its credentials" in write
+
+    def refuse(path: str) -> list[str]:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(store, "list_names", refuse)
+    (read,) = nodes.report(f"{s3_folder}/out", [f"{s3_folder}/data"], 0, "")["faults"]
+    assert read.startswith(f"cannot read {s3_folder}/data (Access Denied): give the node")
 
 
 def test_folder_is_tried_and_left_as_it_was(look: Look, tmp_path: Path) -> None:
