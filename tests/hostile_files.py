@@ -796,8 +796,14 @@ def pipe_at(name: str) -> Make:
 
 PATHS = {"a path": "../../../outside", "absolute": "/etc/passwd", "long": "a" * 100_000}
 CHECKSUMS = {
-    **{f"shard, {n}": copied(lambda f, v=v: {"shards": first_shard({"sha256": v})(f)}) for n, v in PATHS.items()},
-    **{f"index, {n}": copied(lambda f, v=v: {"index": {**f["index"], "sha256": v}}) for n, v in PATHS.items()},
+    **{
+        f"checksum of a shard: {n}": copied(lambda f, v=v: {"shards": first_shard({"sha256": v})(f)})
+        for n, v in PATHS.items()
+    },
+    **{
+        f"checksum of the index: {n}": copied(lambda f, v=v: {"index": {**f["index"], "sha256": v}})
+        for n, v in PATHS.items()
+    },
 }
 CLIPS: dict[str, Callable[["World"], Mapping[str, bytes | None]]] = {
     "an object array as truth": lambda w: {"positions.npy": object_npy(w, "truth")},
