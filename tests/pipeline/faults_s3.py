@@ -32,6 +32,8 @@ from pipeline.config import ExtractRun, StorageConfig
 from pipeline.quickstart import write_mp4
 
 BUCKET = "chaos-bucket"
+CLOCK = re.compile(rb'"(steps_per_second|retries|\w+_seconds)": [^,}]+')
+"""``loop.CLOCK_FIELDS`` in a line of metrics."""
 HANG, TIMEOUT = 3.0, 2.0
 KINDS = [kind for kind in FAULTS if kind != "lost"]
 EXPERIMENTS = {
@@ -70,7 +72,7 @@ class Server:
         for key in self.names(folder):
             name, data = key.removeprefix(f"{folder}/"), self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
             if not name.startswith("tensorboard/"):
-                found[name] = re.sub(rb'"steps_per_second": [^,}]+', b"", data) if name == "metrics.jsonl" else data
+                found[name] = CLOCK.sub(b"", data) if name == "metrics.jsonl" else data
         return found
 
     def clear(self, folder: str) -> None:
