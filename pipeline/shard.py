@@ -438,9 +438,7 @@ class SourceFiles:
         if not store.is_url(where) and os.path.exists(where) and not os.path.isfile(where):
             raise VideoError("no-file", f"{path} is a pipe, a socket or a device")
         with self.watch(path):
-            return cast(
-                BinaryIO, io.BufferedReader(_SourceFile(self, path, store.open_read(where)))
-            )
+            return cast(BinaryIO, io.BufferedReader(_SourceFile(self, path, store.open_read(where))))
 
     @contextlib.contextmanager
     def watch(self, path: str) -> Iterator[None]:

@@ -16,6 +16,7 @@ from objdyn.datasets.sources import Cut, Fault, Found, Open, Video, is_hidden, n
 
 _LONGEST_HEADER = 1 << 20
 
+
 def find(listing: Sequence[str]) -> Found:
     """Every tar is a container of videos, see ``scan``."""
     paths = sorted(
