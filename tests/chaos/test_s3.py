@@ -109,7 +109,7 @@ def test_whole_quickstart_on_s3_leaves_no_credentials_anywhere(
     ]
     job("sweep", "iodine/debug", *data, "--out", sweep, "--search", "optim.lr=log:1e-4:1e-3", *study)
     job("export", "--tables", f"{quick}/tables", "--out", f"{s3_folder}/dense.parquet")
-    job("extract", "--checkpoint", f"{quick}/run", *data, "--out", f"{quick}/data", status=1)
+    job("extract", "--checkpoint", f"{quick}/run", *data, "--out", f"{quick}/data/test", status=1)
     job("verify", "s3://no-such-bucket/run", status=1)
 
     storage = s3fs.S3FileSystem(use_listings_cache=False)
