@@ -488,7 +488,7 @@ def work_in_pair(run: TrainRun, folder: str, rank: int, poison: Callable[..., Lo
 def pair(run: TrainRun, folder: str, poison: Callable[..., Loss], bad: Sequence[int]) -> list[Any]:
     """Run both workers in ``folder`` and return what each wrote."""
     os.makedirs(folder)
-    run = dataclasses.replace(run, out=store.join(folder, "run"), workers=2)
+    run = loop.open_run(dataclasses.replace(run, out=store.join(folder, "run"), workers=2))
     processes = []
     for rank in range(2):
         processes.append(os.fork())
