@@ -564,7 +564,8 @@ def _schedule(job: Job, todo: list[Part], workers: int) -> Iterator[dict[str, An
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(todo)), max_tasks_in_flight_per_actor=1),
             num_cpus=1,
             max_restarts=DEATHS_PER_PART,
-            max_task_retries=DEATHS_PER_PART,
+            # Restarts alone count: a worker whose node was lost is tried every second until there is another one.
+            max_task_retries=-1,
             **options,
         )
     try:
