@@ -15,6 +15,7 @@ what is refused with status 1 and one short line, a bad source as a row of quara
 import argparse
 import dataclasses
 import functools
+import gc
 import importlib
 import io
 import json
@@ -49,8 +50,13 @@ from pipeline.presets import PRESETS
 from pipeline.quickstart import write_mp4
 from pipeline.study import SweepStudy
 
-for needed in ("av", "pandas", "safetensors.torch", "torch.utils.tensorboard", "webdataset", "optuna", "tyro"):
-    importlib.import_module(needed)  # what each child would import anew
+NEEDED = (
+    "av", "joblib", "optuna.importance", "pandas", "PIL.ImageFile", "pipeline.evaluate", "pipeline.verify",
+    "safetensors.torch", "torch.utils.tensorboard", "tyro", "typeguard", "webdataset",
+)  # fmt: skip
+"""What each child would import anew."""
+for needed in NEEDED:
+    importlib.import_module(needed)
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY = 1_500_000_000
@@ -143,7 +149,7 @@ SOURCES = [
     Case("episodes in HDF5", SHARDS + "gswm-hdf5", files.episodes, DONE, files.EPISODES),
     Case("groups in HDF5", SHARDS + "rnem-hdf5", files.groups, DONE, files.GROUPS),
     Case("tars", SHARDS + "webdataset", files.tars, DONE, files.TARS),
-    Case("towers", SHARDS + "towers", files.images, DONE, files.IMAGES, quick=False),
+    Case("towers", SHARDS + "towers", files.images, DONE, {"claims": "too-large", "eps": "unreadable"}, quick=False),
     Case("annotations", SHARDS + "clevrer", files.annotated, DONE),
     Case("a FIFO and a device", SHARDS + "videos", files.fifo, DONE, files.FIFOS, s3=False),
 ]
@@ -156,9 +162,9 @@ FLAGS = {
     "--init": "train_ddlp.py debug --out {out} --steps 1 --init",
     "--config": "train_ddlp.py --out {out} --config",
     "--checkpoint": "extract.py --data {data} --out {out} --checkpoint",
-    "--tables": "export.py --out {out} --tables",
+    "--tables": "export.py --out {out}/x.parquet --tables",
     "PATH": "verify.py",
-    "questions": "read_questions.py --out {out} --source",
+    "questions": "read_questions.py --out {out}/q.parquet --source",
     "--edits": EXTRACT + "{run} --data {data} --context 2 --horizon 1 --edits",
     "--perceptual-weights": "train_ddlp.py debug --data {data} --out {out} --model.recon-loss vgg --perceptual-weights",
 }
@@ -166,6 +172,7 @@ URLS = [
     Case(f"{flag} {address.partition(':')[0]}", f"{line} '{address}'", s3=False, quick=flag in ("--data", "--source"))
     for flag, line in FLAGS.items()
     for address in ADDRESSES
+    if flag != "--out" or "://" in address  # else it is a folder of that name, which the user has asked for
 ]
 
 DATASETS: dict[str, Make] = {
@@ -289,7 +296,7 @@ def make_videos(root: Path) -> World:
     server = socket.create_server(("127.0.0.1", 0), backlog=100)
     server.setblocking(False)
     SERVERS[:] = [server]
-    world = World(root, *(root / name for name in (*FOLDERS, "ran")), server.getsockname()[1])
+    world = World(root, *[root / name for name in (*FOLDERS, "ran")], port=server.getsockname()[1])
     for folder in (world.videos, world.ran):
         folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (2, FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
@@ -561,6 +568,7 @@ def main() -> None:
         if remote:
             for name in FOLDERS:
                 remote.put(world.root / name, f"world/{name}")
+        gc.freeze()  # or each child would copy all of the memory that its collector looks at
         for number, case in enumerate([*CONTROLS, *wanted]):
             result = run_case(world, case, world.root / f"{number}", remote)
             shutil.rmtree(world.root / f"{number}")

@@ -57,10 +57,10 @@ def test_rays_workers_refuse_it_too(
         (tmp_path / name).mkdir()
         make(world, tmp_path / name)
         out = f"{s3_folder}/{name}-out"
-        split = {"start": 0, "stop": 6} if layout == "npy" else {}
+        settings: dict[str, Any] = {"layout": layout, **({"start": 0, "stop": 6} if layout == "npy" else {})}
         run = ShardRun(
-            remote.put(tmp_path / name, name) + "/source", out, layout=layout, frames=5, size=16, max_quarantined=1.0,
-            max_memory_gb=0.5, workers=2, **split,
+            remote.put(tmp_path / name, name) + "/source", out, frames=5, size=16, max_quarantined=1.0,
+            max_memory_gb=0.5, workers=2, **settings,
         )  # fmt: skip
         shard(run)
         rows = pq.read_table(store.open_read(f"{out}/train/quarantine.parquet")).to_pylist()
