@@ -84,8 +84,8 @@ class Status:
         """What else is counted: ``quarantined``, ``retries``, ``failed``, ..., and ``bytes``."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """By phase, added up over workers."""
-        given = {"stage": stage, "split": split, "family": family}
-        self._tags = {name: given[name] or _defaults.get(name, "") for name in TAGS}
+        own = {"split": split, "family": family}
+        self._tags = {"stage": stage, **(own if split or family else own | _defaults)}
         self._file, self._brief = file or sys.stderr, brief
         self._bar = self._file.isatty()
         self._begin = time.monotonic()
