@@ -250,7 +250,7 @@ def test_no_stage_draws_bars_in_a_log_and_prometheus_sees_all(tmp_path: Path, re
     assert done.returncode == 0, done.stderr
     for text in (done.stdout, done.stderr):
         assert not re.search(r"\r|\x1b|it/s|\d%\|", text), text
-    stages = Counter(line.partition(":")[0] for line in done.stderr.splitlines() if re.match(r"\w+: \d+/\d+ ", line))
+    stages = Counter(re.findall(r"^(\w+): \d+/\d+ .*  in \d+m\d\ds", done.stderr, re.MULTILINE))
     assert stages == {"build": 3, "train": 1, "extract": 1, "sweep": 1}
     assert sum(line.startswith("step ") for line in done.stderr.splitlines()) == 4
     assert len(done.stderr.splitlines()) < 30, done.stderr
