@@ -360,7 +360,8 @@ class _Bench:
         write_videos(videos, 3 * max(scale.WORKERS) * scale.SHARD_CLIPS * FRAMES // VIDEO_FRAMES)
         self._write_dataset(data, scale.PARTS * scale.PART_CLIPS, scale.PART_CLIPS)
         run = dataclasses.replace(self._train_run(), steps=self.run.steps * 30, log_every=self.run.steps * 5, threads=1)
-        optim = dataclasses.replace(run.optim, batch_size=scale.MICRO_BATCHES * run.micro_batch_size)
+        micro = run.micro_batch_size
+        optim = dataclasses.replace(run.optim, batch_size=scale.MICRO_BATCHES * micro, micro_batch_size=micro)
         return scale.measure(self.folder, videos, data, self._checkpoint(), dataclasses.replace(run, optim=optim))
 
     def _train_run(self) -> TrainRun:
