@@ -305,7 +305,7 @@ def test_a_rerun_does_only_what_is_missing(make_run: Callable[..., ExtractRun], 
     Path(run.out, "frames", "shard-00001.parquet").unlink()
     done: list[str] = []
     work = module.extract_part
-    monkeypatch.setattr(module, "extract_part", lambda *args: (done.append(args[-1].name), work(*args)))
+    monkeypatch.setattr(module, "extract_part", lambda *args: (done.append(args[-1].name), work(*args))[1])
     extract(run)
     assert done == ["shard-00001"]
     assert files(run.out) == before
