@@ -139,7 +139,7 @@ SWEEP = (
     "sweep.py ddlp/debug --out {case}/sweep --data {data} --trials 2 --set steps=2 eval_every=1 optim.batch_size=2 "
     "--search model.kl_weight=log:0.1:1 --resume"
 )
-JOURNAL = SWEEP + " --storage {case}/s.journal"
+JOURNAL = SWEEP + " --study-storage {case}/s.journal"
 
 SOURCES = [
     Case("videos", SHARDS + "videos", files.videos, DONE, files.VIDEOS),

@@ -389,12 +389,12 @@ def test_files_that_are_here_already_are_converted_to_the_same_bytes(
     official: tuple[Path, Sources], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, sources = official
-    paths = {"trunk": str(folder / "alexnet-owt-00000000.pth"), "heads": str(folder / "alex.pth")}
+    paths: dict[str, Any] = {"trunk": str(folder / "alexnet-owt-00000000.pth"), "heads": str(folder / "alex.pth")}
     for name in ("a", "b"):
         fetch_weights(FetchWeightsRun("alexnet", str(tmp_path / name), **paths), load, {"alexnet": sources})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     check_fetched(str(tmp_path / "a"), monkeypatch, sources)
-    parts = {
+    parts: dict[str, Any] = {
         "trunk": saved(tmp_path / "t.safetensors", trunk_of("alexnet")),
         "heads": saved(tmp_path / "h.safetensors", heads_of("alexnet")),
     }

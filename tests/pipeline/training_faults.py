@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class Group:
     def __init__(self, folder: str, data: str, world: int) -> None:
         self.folder, self.world = folder, world
         self.run = TrainRun(
-            model=ToyConfig(),
+            model=cast(Any, ToyConfig()),
             data=data,
             out=store.join(folder, "run"),
             steps=STEPS,
