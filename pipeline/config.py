@@ -1170,6 +1170,8 @@ class SweepRun:
     """Name of the study, for a storage that holds several."""
     resume: bool = False
     """Go on with the sweep in --out until it has --trials."""
+    force: bool = False
+    """With resume: go on although the code of a training step has changed, in which trials then differ."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Object storage, wherever a path is s3://."""
 

@@ -317,10 +317,15 @@ def check_open_cluster(case: Case) -> Iterator[Finding]:
         return
     dashboard = _host_and_port(ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url or "")[1]
     doors = {"control store": (head, port), "dashboard": (head, dashboard)}
-    opened = [f"{what} at {host}:{port}" for what, (host, port) in doors.items() if _is_open(what, host, port)]
+    answers = {f"{what} at {host}:{port}": _is_open(what, host, port) for what, (host, port) in doors.items()}
+    opened = [door for door, answer in answers.items() if answer]
+    silent = [door for door, answer in answers.items() if answer is None]
     if opened:
         text = f"the {' and the '.join(opened)} answers without a token: whoever reaches it runs code on every node; "
         yield Finding("FAIL", "open cluster", f"{text}start head and workers with RAY_AUTH_MODE=token")
+    elif silent:
+        text = f"whether the {' and the '.join(silent)} wants a token is not known: it gives no answer from here; "
+        yield Finding("warn", "open cluster", f"{text}ask on the head, or look that RAY_AUTH_MODE=token is set there")
     else:
         yield Finding("ok", "open cluster", f"the cluster at {head} answers nobody without its token")
 
@@ -707,8 +712,9 @@ def _session_folder(node: dict[str, Any]) -> str:
     return os.path.dirname(os.path.dirname(node.get("RayletSocketName", "")))
 
 
-def _is_open(what: str, host: str, port: int) -> bool:
-    return bool(port) and nodes.answers_without_token(host, port, dashboard=what == "dashboard")
+def _is_open(what: str, host: str, port: int) -> bool | None:
+    """False where there is no such door."""
+    return nodes.answers_without_token(host, port, dashboard=what == "dashboard") if port else False
 
 
 def _cluster_host() -> str:

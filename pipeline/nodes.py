@@ -16,8 +16,8 @@ FULL = 0.95
 """Share of a disk beyond which Ray makes no more objects there."""
 PROBE_SECONDS = 5.0
 """How long a port may take to answer."""
-GPU_SECONDS = 60.0
-"""How long torch may take to count GPUs."""
+GPU_SECONDS = 40.0
+"""How long torch may take to count GPUs; less than the doctor waits for a node."""
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count(), torch.version.cuda)"
 
 
@@ -36,8 +36,8 @@ def report(out: str, read: Sequence[str], gpus: float, folder: str) -> dict[str,
     return {"faults": [*_folder_faults(out, read), *_disk_faults(folder), *_gpu_faults(gpus)], "time": time.time()}
 
 
-def answers_without_token(address: str, port: int, dashboard: bool) -> bool:
-    """Whether the dashboard, else Ray's control store, answers somebody who has no token; False if nothing answers."""
+def answers_without_token(address: str, port: int, dashboard: bool) -> bool | None:
+    """Whether the dashboard, else Ray's control store, answers somebody who has no token; None if nothing says so."""
     return _dashboard_answers(address, port) if dashboard else _control_store_answers(address, port)
 
 
@@ -82,9 +82,12 @@ def _gpu_faults(gpus: float) -> Iterator[str]:
         return
     # In a process of its own: Ray hides the GPUs from a task that asked for none.
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    done = subprocess.run(
-        [sys.executable, "-c", _COUNT_GPUS], env=environment, capture_output=True, text=True, timeout=GPU_SECONDS
-    )
+    command = [sys.executable, "-c", _COUNT_GPUS]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=GPU_SECONDS)
+    except subprocess.TimeoutExpired:
+        yield f"torch has not counted its GPUs within {GPU_SECONDS:g} s: look at nvidia-smi and the driver there"
+        return
     seen, _, build = done.stdout.strip().partition(" ")
     if not seen.isdigit() or int(seen) < gpus:
         text = f"is said to have {gpus:g} GPUs, but torch sees {seen or 'none'}: "
@@ -92,25 +95,30 @@ def _gpu_faults(gpus: float) -> Iterator[str]:
         yield f"{text}, or start Ray with the true --num-gpus"
 
 
-def _dashboard_answers(address: str, port: int) -> bool:
-    # `with_scheme`-less on purpose: a proxy from the environment would be asked instead of the port.
+def _dashboard_answers(address: str, port: int) -> bool | None:
+    # Not by urllib: it would ask a proxy from the environment instead of the port.
     connection = http.client.HTTPConnection(address, port, timeout=PROBE_SECONDS)
     try:
         connection.request("GET", "/api/version")
-        return connection.getresponse().status == http.HTTPStatus.OK
+        status = connection.getresponse().status
     except (OSError, http.client.HTTPException):
-        return False
+        return None
+    else:
+        refused = status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
+        return True if status == http.HTTPStatus.OK else False if refused else None
     finally:
         connection.close()
 
 
-def _control_store_answers(address: str, port: int) -> bool:
+def _control_store_answers(address: str, port: int) -> bool | None:
     import grpc
 
-    with grpc.insecure_channel(f"[{address}]:{port}" if ":" in address else f"{address}:{port}") as channel:
+    place = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    with grpc.insecure_channel(place, options=(("grpc.enable_http_proxy", 0),)) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
         try:
             ask(b"", timeout=PROBE_SECONDS)
             return True
-        except grpc.RpcError:
-            return False
+        except grpc.RpcError as error:
+            code = error.code() if isinstance(error, grpc.Call) else None
+            return False if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED) else None

@@ -26,8 +26,9 @@ TRIALS = 20
 """Trials of a sweep that does not say how many."""
 LEAST_FOR_IMPORTANCE = 8
 """Complete trials below which no importance is told."""
-PLAN, WANTED, OUT = "plan", "wanted", "out"
-"""Attributes of the study: what must not change on a resume, how many trials are wanted, and the sweep's folder."""
+PLAN, WANTED, OUT, CODE = "plan", "wanted", "out", "code"
+"""Attributes of the study: what must not change on a resume, how many trials are wanted, the sweep's folder, and
+digests of the code that trains."""
 PATHS = (
     "data", "run data", "run out", "run init", "settings init", "run perceptual_weights", "settings perceptual_weights",
 )  # fmt: skip
@@ -191,6 +192,20 @@ class SweepStudy:
         study.sampler = _sampler(plan, space, study.user_attrs[WANTED])
         study.sampler.reseed_rng()  # else a resumed search would draw its random start again
         return cls(study, space, objectives)
+
+    def require_code(self, digests: Mapping[str, str], force: bool) -> None:
+        """Refuse to go on with other code than the trials so far had: each would refuse it, and count as failed.
+
+        Raises:
+            ValueError: without ``force``, naming the files that differ.
+        """
+        before = self._study.user_attrs.get(CODE, digests)
+        if (files := sorted(name for name in before | digests if before.get(name) != digests.get(name))) and not force:
+            raise ValueError(
+                f"the sweep was begun with other code ({', '.join(files)}); bring it back, or add --force to go on "
+                "with this one"
+            )
+        self._study.set_user_attr(CODE, dict(digests))
 
     @property
     def missing(self) -> int:

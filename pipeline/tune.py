@@ -77,6 +77,8 @@ def sweep(run: SweepRun) -> str:
             another one than is resumed, or none.
         OSError: a disk is full, or a folder cannot be written; ``--resume`` goes on.
     """
+    if run.force and not run.resume:
+        raise ValueError("--force goes with --resume: there is nothing yet that could have changed")
     base, shared, job_space, objectives = _prepare(run)
     out, location = _places(run)
     run = dataclasses.replace(run, out=out)
@@ -94,6 +96,7 @@ def sweep(run: SweepRun) -> str:
                 resume=run.resume,
                 out=out,
             )
+            study.require_code(checkpoint.code_digests(), run.force)
             _ = study.record(importance=False).best  # what is there must be a sweep's, before any of it is used
         print(f"sweep folder: {out}\nstorage: {shown(location)}", flush=True)
         for note in space.notes(job_space, shared, base, objectives):
@@ -107,7 +110,8 @@ def sweep(run: SweepRun) -> str:
 
         if study.missing:
             try:
-                job = Job(base, out, objectives, run.seeds, run.separate or run.workers > 1)
+                of_ray_train = run.separate or run.workers > 1
+                job = Job(dataclasses.replace(base, force=run.force), out, objectives, run.seeds, of_ray_train)
                 _run_trials(run, study, job, held)
             except BaseException:
                 with contextlib.suppress(Exception):  # what stopped the sweep is what the user must hear of

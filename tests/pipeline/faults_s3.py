@@ -29,11 +29,12 @@ from flaky_s3 import FAULTS, FlakyS3
 
 from pipeline import checkpoint, extract, s3, shard, store
 from pipeline.config import ExtractRun, StorageConfig
+from pipeline.loop import CLOCK_FIELDS
 from pipeline.quickstart import write_mp4
 
 BUCKET = "chaos-bucket"
-CLOCK = re.compile(rb'"(steps_per_second|retries|\w+_seconds)": [^,}]+')
-"""``loop.CLOCK_FIELDS`` in a line of metrics."""
+CLOCK = re.compile(rf'"({"|".join(sorted(CLOCK_FIELDS))})": [^,}}]+'.encode())
+"""What the clock decides in a line of metrics."""
 HANG, TIMEOUT = 3.0, 2.0
 KINDS = [kind for kind in FAULTS if kind != "lost"]
 EXPERIMENTS = {

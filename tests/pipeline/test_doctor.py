@@ -364,12 +364,13 @@ def test_cluster_that_answers_without_a_token_is_a_failure(
     assert finding.level == "FAIL"
     host, port = ray.get_runtime_context().gcs_address.split(":")
     assert f"the control store at {host}:{port} and the dashboard at {host}:" in finding.text
-    monkeypatch.setattr(nodes, "answers_without_token", lambda *args, **options: False)
-    assert levels(look(doctor.check_open_cluster)) == ["ok"]
+    for answer, level in ((False, "ok"), (None, "warn")):
+        monkeypatch.setattr(nodes, "answers_without_token", lambda *args, answer=answer, **options: answer)
+        assert levels(look(doctor.check_open_cluster)) == [level]
 
 
-@pytest.mark.parametrize(("status", "answers"), [(200, True), (401, False)])
-def test_dashboard_that_wants_a_token_is_told_from_one_that_does_not(status: int, answers: bool) -> None:
+@pytest.mark.parametrize(("status", "answers"), [(200, True), (401, False), (403, False), (502, None)])
+def test_dashboard_that_wants_a_token_is_told_from_one_that_does_not(status: int, answers: bool | None) -> None:
     class Dashboard(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status if self.headers["Authorization"] is None else 500)
@@ -381,8 +382,8 @@ def test_dashboard_that_wants_a_token_is_told_from_one_that_does_not(status: int
     with http.server.HTTPServer(("127.0.0.1", 0), Dashboard) as server:
         threading.Thread(target=server.handle_request).start()
         assert nodes.answers_without_token("127.0.0.1", server.server_port, dashboard=True) is answers
-    assert not nodes.answers_without_token("127.0.0.1", server.server_port, dashboard=True)  # nobody is there
-    assert not nodes.answers_without_token("127.0.0.1", server.server_port, dashboard=False)
+    for dashboard in (True, False):  # nobody is there
+        assert nodes.answers_without_token("127.0.0.1", server.server_port, dashboard=dashboard) is None
 
 
 def test_node_says_what_is_wrong_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -375,3 +375,14 @@ def test_importance_finds_what_the_best_trials_have_in_common(objective):
     shares = found.record().importance[objective.name]
     assert set(shares) == set(SPACE)
     assert shares["model.likelihood_weight"] > 0.6
+
+
+def test_other_code_is_refused_by_name_unless_forced(tmp_path: Path) -> None:
+    study, code = opened(tmp_path), {"objdyn/losses.py": "a", "pipeline/loop.py": "b"}
+    study.require_code(code, force=False)
+    study.require_code(code, force=False)
+    changed = {**code, "objdyn/losses.py": "c"}
+    with pytest.raises(ValueError, match=r"begun with other code \(objdyn/losses.py\); bring it back, or add --force"):
+        study.require_code(changed, force=False)
+    study.require_code(changed, force=True)
+    study.require_code(changed, force=False)

@@ -37,7 +37,8 @@ from pipeline.config import OptimConfig, TrainRun
 from pipeline.quickstart import write_mp4
 
 STEPS, EVERY = 24, 5
-STALL_SECONDS = 2.0
+STALL_SECONDS, PATIENT_SECONDS = 4.0, 60.0
+"""Of the lives that stand still, and of all others: to start takes long on a busy machine."""
 LIVES = 12
 SLOW = 0.02
 """Seconds of a step beside its work, so that what comes from outside meets a run in the middle."""
@@ -83,7 +84,7 @@ class Group:
             eval_every=0,
             checkpoint_every=EVERY,
             keep_last=2,
-            stall_seconds=STALL_SECONDS,
+            stall_seconds=PATIENT_SECONDS,
         )
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(store.join(folder, "counts"))
@@ -236,13 +237,13 @@ def freeze(group: Group, chance: random.Random, count: Count) -> str:
 
 
 def _stall(group: Group, count: Count, rules: str, disturb: Callable[[list[int], Path], None] | None) -> str:
-    first = group.live(rules, disturb)
+    first = group.live(rules, disturb, stall_seconds=STALL_SECONDS)
     count.injected += 1
     last = float(Path(group.folder, "marks").read_text().split()[-1]) if first.steps else first.ended
     noticed, second = first.ended - last, group.live(rules)
     count.seconds.append(second.first - last)
     said = "".join(path.read_text() for path in Path(group.folder).glob("said-*"))
-    if "has not moved for 2 s" not in said or "in _train" not in said:
+    if f"has not moved for {STALL_SECONDS:g} s" not in said or "in _train" not in said:
         return f"{rules}: nobody said where it stood: {said[-300:]}"
     if not any(first.status) or any(second.status):
         return f"{rules}: ended with {first.status} and {second.status}"

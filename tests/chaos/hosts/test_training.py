@@ -43,7 +43,7 @@ def words_of(repository: Path, out: Path) -> list[str]:
 def curve(out: Path) -> list[dict[str, Any]]:
     """Lines of metrics without what the clock decides."""
     return [
-        {name: value for name, value in line.items() if name != "steps_per_second"}
+        {name: value for name, value in line.items() if name not in loop.CLOCK_FIELDS}
         for line in loop.read_metrics(str(out))
     ]
 
