@@ -21,7 +21,7 @@ quickstart: $(STAMP)
 	$(BIN)/python jobs/quickstart.py $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 # Kills, fills, cuts off and starves the stages in earnest, and prints what survived: half an hour.
 chaos: $(STAMP)

@@ -35,13 +35,6 @@ _NUMBER = itertools.count()
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share out whole files to the processes of ``make test``, and all that needs the session's Ray to one of them."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if "ray_local" in fixtures else item.path.name))
-
-
 def pytest_unconfigure() -> None:
     shutil.rmtree(RAY_TMPDIR, ignore_errors=True)
 
