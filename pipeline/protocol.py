@@ -30,7 +30,7 @@ from objdyn.families import describe
 from objdyn.metrics import segmentation
 from objdyn.metrics.image import frame_mse
 from objdyn.simulators import bouncing_balls
-from pipeline import segments, status, store
+from pipeline import claim, segments, status, store
 from pipeline.checkpoint import Loaded, code_revision, config_from_json, config_to_json, load_weights
 from pipeline.cli import command
 from pipeline.config import EvaluateRun, TrainRun, torch_device
@@ -185,7 +185,13 @@ def bouncing_balls_protocol(run: EvaluateRun) -> str:
     Raises:
         ValueError: checkpoint, data and settings do not fit together; the message says what to do.
     """
-    out, device = store.resolve(run.out, "--out"), torch_device(run.device)
+    out = store.resolve(run.out, "--out")
+    with claim.hold(out, "evaluate", kind="evaluation") as held:
+        return _protocol(run, out, held)
+
+
+def _protocol(run: EvaluateRun, out: str, held: claim.Claim) -> str:
+    device = torch_device(run.device)
     # The folder of one step: a run that goes on has another last checkpoint by the next pass.
     checkpoint = load_weights(store.resolve(run.checkpoint, "--checkpoint"), which=run.which).path
     base = dataclasses.replace(run, set=tuple(word for word in run.set if not word.startswith("model.num_slots=")))
@@ -231,6 +237,7 @@ def bouncing_balls_protocol(run: EvaluateRun) -> str:
     }
     velocity = _velocity(main, loaded, videos)
     text = "\n\n".join([*(render(table) for table in tables.values()), velocity["text"]])
+    held.check()
     store.publish_json(
         store.join(out, "protocol.json"),
         {

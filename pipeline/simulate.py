@@ -23,7 +23,7 @@ from objdyn.clips import to_npy
 from objdyn.simulators import clevrer, towers
 from objdyn.simulators.clevrer_json import to_annotation, to_scene, to_world
 from objdyn.simulators.rendering import renderer
-from pipeline import status, store
+from pipeline import claim, status, store
 from pipeline.config import MakeQuestionsRun, SimulateRun
 
 if TYPE_CHECKING:
@@ -56,11 +56,17 @@ def simulate(run: SimulateRun) -> str:
     """Make the videos that are not there yet.
 
     Raises:
-        ValueError: a package or library is missing, or ``out`` holds videos that were made with other settings.
+        ValueError: a package or library is missing, ``out`` holds videos that were made with other settings, or another
+            job makes videos of this split there.
     """
+    folder = store.resolve(run.out, "--out")
+    with claim.hold(store.join(folder, SPLITS[run.split]), "simulate_clevrer") as held:
+        return _simulate(run, folder, held)
+
+
+def _simulate(run: SimulateRun, folder: str, held: claim.Claim) -> str:
     from pipeline import cluster, shard
 
-    folder = store.resolve(run.out, "--out")
     cluster.connect(run.workers)
     cluster.require_shared([folder])
     indices = range(run.start, run.start + run.videos)
@@ -69,6 +75,7 @@ def simulate(run: SimulateRun) -> str:
     status.tag(split=run.split)
     missing = [str(index) for index in indices if index not in known]
     results = shard._run_tasks(task, missing, "simulate")
+    held.check()
     made = [Made(*json.loads(result)) for result in results.values()]
     lost = sorted(set(map(int, missing)) - {each.video for each in made})
     print(_describe(len(known), made, [*known.values(), *made]))

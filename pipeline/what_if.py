@@ -72,8 +72,9 @@ def what_if(run: WhatIfRun) -> str:
     predicted, other = (_particles(by_key["predicted", name, job.samples]) for name in ("", edit.name))
     after = edits.apply(context, [edit]).latents
 
-    with claim.hold(out, "what_if"):
+    with claim.hold(out, "what_if") as held:
         extract.open_folder(job)
+        held.check()
         store.remove(store.join(out, tables.MANIFEST))  # the folder is not complete until both tables are there again
         ways = _joined(context, predicted), _joined(after, other)
         films = _films(run, loaded.model, clip, posterior, *ways, chosen[0])
@@ -81,6 +82,7 @@ def what_if(run: WhatIfRun) -> str:
             store.publish(store.join(out, name), data)
         notes = [extract.EditNote(run.clip, edit.name, "; ".join(doubts), refused=False)] if doubts else []
         extract.publish_part(family, job, part, blocks, notes)
+        held.check()
         tables_line = extract.finish(job, [part])
     lines = edits.describe(context, chosen, frame=edit.frame)
     count = f"{len(lines)} of {chosen.shape[1]} particles"

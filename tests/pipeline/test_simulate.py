@@ -14,7 +14,7 @@ from objdyn.questions.executor import answer
 from objdyn.questions.records import from_json
 from objdyn.simulators import clevrer, towers
 from objdyn.simulators.rendering import renderer
-from pipeline import cluster, simulate
+from pipeline import claim, cluster, simulate
 from pipeline import shard as sharding
 from pipeline.config import SimulateRun
 
@@ -141,6 +141,24 @@ def test_a_job_that_stopped_goes_on(tmp_path: Path, without_ray: list[str], caps
     simulate.simulate(run_in(tmp_path))
     assert without_ray == ["0", "1", "0", "1"]
     assert contents(tmp_path) == whole
+
+
+def test_two_jobs_do_not_make_the_same_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        claim.hold(str(tmp_path / "train"), "another"),
+        pytest.raises(claim.HeldError, match="train is in use by another"),
+    ):
+        simulate.simulate(run_in(tmp_path))
+    assert not os.listdir(tmp_path)
+
+    def lose(task: object, items: object, label: str) -> dict[int, str]:
+        for path in (tmp_path / "train").iterdir():
+            path.unlink()
+        return {}
+
+    monkeypatch.setattr(sharding, "_run_tasks", lose)
+    with pytest.raises(claim.LostError, match="its claim is gone"):
+        simulate.simulate(run_in(tmp_path))
 
 
 def test_videos_of_other_settings_are_not_overwritten(tmp_path: Path) -> None:

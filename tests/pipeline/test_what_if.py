@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from objdyn.families import build
-from pipeline import tables, verify
+from pipeline import claim, extract, store, tables, verify
 from pipeline.checkpoint import config_to_json, save_checkpoint
 from pipeline.config import VerifyRun, WhatIfRun
 from pipeline.presets import PRESETS
@@ -72,6 +72,22 @@ def test_the_same_run_again_gives_the_same_bytes_and_another_edit_is_refused(mak
     assert {path: path.read_bytes() for path in Path(run.out).rglob("*") if path.is_file()} == before
     with pytest.raises(ValueError, match=r"holds tables with edits .* choose another --out"):
         what_if(dataclasses.replace(run, move="0.2,0"))
+
+
+def test_who_lost_the_folder_does_not_finish(make_run: Callable[..., WhatIfRun], monkeypatch: pytest.MonkeyPatch):
+    run = make_run(horizon=2)
+    publish = extract.publish_part
+
+    def lose(*given: Any) -> None:
+        publish(*given)
+        for path in Path(run.out).glob(".claim-*"):
+            path.unlink()
+
+    monkeypatch.setattr(claim, "BEAT", 60.0)
+    monkeypatch.setattr(extract, "publish_part", lose)
+    with pytest.raises(claim.LostError, match="its claim is gone"):
+        what_if(run)
+    assert not store.exists(store.join(run.out, tables.MANIFEST))
 
 
 def test_a_drawn_future_is_beside_the_deterministic_one(make_run: Callable[..., WhatIfRun]):
