@@ -5,11 +5,13 @@
 An owner renews its claim every ``BEAT`` seconds by creating the next number and removing the one before; whoever takes
 a claim over creates the next number, too. Both want one name, which the storage gives to one of them. So an owner that
 was taken for dead, and is not, cannot renew, and finds out; it asks with ``Claim.check`` before it commits anything.
+Nobody jumps over another's number, so that of two that take themselves for the owner the higher number is right.
 
 Dead is a process of this machine that is no more; that is known at once. Of any other owner only the numbers can be
-seen: it is dead when they have stood still for ``LOOKS`` looks, ``BEAT`` seconds apart. No two clocks are compared, and
-a storage that hangs delays both sides. Where processes cannot be told apart for sure (other hosts, other containers,
-no /proc), numbers decide.
+seen: it is dead when they have stood still for ``LOOKS`` looks, ``BEAT`` seconds apart. Numbers that are gone whenever
+they are read, as where a read takes longer than a beat, move. No two clocks are compared, and a storage that hangs
+delays both sides. Where processes cannot be told apart for sure (other hosts, other containers, no /proc), numbers
+decide.
 
 A claim cannot stop a process between its last check and the end of that commit. Against what a process does there that
 sleeps through its own replacement stands what always does: files appear whole, and checksums name their content.
@@ -23,7 +25,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, get_args
 
 from pipeline import store
@@ -85,6 +87,9 @@ class Owner(NamedTuple):
         return True  # /proc hides it
 
 
+_UNKNOWN = Owner("an unknown job", "an unknown host", 0, "", "", "")
+
+
 class Claim:
     """A folder that this process holds; ``hold`` gives it."""
 
@@ -106,10 +111,12 @@ class Claim:
         """
         with self._lock:
             if not self.lost:
-                ahead, own = (_read(self._path(self._number + step)) for step in (1, 0))
-                self.lost = own != self._data or ahead not in (None, self._data)
+                ahead = _look(self.folder, self._kind, above=self._number)  # nobody but another moves numbers now
+                own = _read(self._path(self._number))
+                self.lost = own != self._data or not ahead.whole or not set(ahead.found.values()) <= {self._data}
             if self.lost:
-                owners = [_parse(data) for data in _look(self.folder, self._kind).values() if data != self._data]
+                found = _look(self.folder, self._kind).found
+                owners = [_parse(data) for _, data in sorted(found.items()) if data != self._data]
                 who = f"was taken over by {owners[-1]}" if owners else "is not this job's any more: its claim is gone"
                 raise LostError(
                     f"{self.folder} {who}; this process was taken for dead and has stopped before it changed anything "
@@ -137,7 +144,7 @@ class Claim:
         self._over.set()
         self._thread.join(BEAT * LOOKS)
         with contextlib.suppress(Exception):  # what stays is of a process that will be dead: it binds nobody
-            for number, data in sorted(_look(self.folder, self._kind).items()):
+            for number, data in sorted(_look(self.folder, self._kind).found.items()):
                 if data == self._data:
                     store.remove(self._path(number))
 
@@ -146,7 +153,14 @@ class Claim:
 
 
 @contextlib.contextmanager
-def hold(folder: str, job: str, *, kind: Kind = "claim", wait: float = 0.0) -> Iterator[Claim]:
+def hold(
+    folder: str,
+    job: str,
+    *,
+    kind: Kind = "claim",
+    wait: float = 0.0,
+    moved: Callable[[str], None] = lambda what: None,
+) -> Iterator[Claim]:
     """Hold a folder against other jobs, which is made if it is not there; leaves no trace in it.
 
     Args:
@@ -154,6 +168,7 @@ def hold(folder: str, job: str, *, kind: Kind = "claim", wait: float = 0.0) -> I
         job: what others are told about whoever holds it.
         kind: of the claim.
         wait: seconds to wait for an owner that lives.
+        moved: called at each look while the folder is not held yet.
 
     Raises:
         HeldError: another job works there; the message names it.
@@ -161,7 +176,7 @@ def hold(folder: str, job: str, *, kind: Kind = "claim", wait: float = 0.0) -> I
     """
     made = _missing(folder)
     data = store.sealed_json(_me(job)._asdict())
-    claim = Claim(folder, kind, data, _acquire(folder, kind, data, wait))
+    claim = Claim(folder, kind, data, _acquire(folder, kind, data, wait, moved))
     try:
         yield claim
     finally:
@@ -182,25 +197,28 @@ def owner_of(path: str) -> Owner | None:
     return None if data is None else _parse(data)
 
 
-def _acquire(folder: str, kind: Kind, data: bytes, wait: float) -> int:
+def _acquire(folder: str, kind: Kind, data: bytes, wait: float, tell: Callable[[str], None]) -> int:
     """Create the next claim and return its number."""
     deadline = time.monotonic() + wait
     before: dict[int, bytes] | None = None
     still = attempts = 0
     while True:
-        found = _look(folder, kind)
-        still = still + 1 if found == before else 0
+        found, whole = _look(folder, kind)
+        tell("a look at who holds the folder")
+        still = still + 1 if whole and found == before else 0
         owners = [_parse(each) for each in found.values()]
         seen = [owner.lives() for owner in owners]
-        moved = before is not None and found != before
+        moved = not whole or (before is not None and found != before)
         living = [o for o, lives in zip(owners, seen, strict=True) if lives or (lives is None and moved)]
+        if not whole and not living:
+            living = [_UNKNOWN]
         if living and time.monotonic() >= deadline:
             raise HeldError(f"{folder} is in use by {living[-1]}; wait for it, stop it, or choose another --out")
         if living or (None in seen and still < LOOKS):
             if not living and before is None:
                 print(f"{folder} is claimed by {owners[-1]}; watching whether it still works", file=sys.stderr)
             before = found
-            time.sleep(BEAT if None in seen else POLL)
+            time.sleep(BEAT if None in seen or not whole else POLL)
             continue
         number = max(found, default=0) + 1
         try:
@@ -212,7 +230,8 @@ def _acquire(folder: str, kind: Kind, data: bytes, wait: float) -> int:
                 raise
             continue
         # Since the look another job may have come, and gone on to other numbers; that one also looks again.
-        if _look(folder, kind).items() - found.items() == {(number, data)}:
+        after = _look(folder, kind)
+        if after.whole and after.found.items() - found.items() == {(number, data)}:
             for old in sorted(found):
                 store.remove(_path(folder, kind, old))
             return number
@@ -220,16 +239,23 @@ def _acquire(folder: str, kind: Kind, data: bytes, wait: float) -> int:
         time.sleep(_JITTER.uniform(0, POLL))
 
 
-def _look(folder: str, kind: Kind) -> dict[int, bytes]:
-    """All claims of a kind in a folder, by number."""
+class _Look(NamedTuple):
+    found: dict[int, bytes]
+    """Claims by number."""
+    whole: bool
+    """Whether none moved meanwhile; else others may be there, too."""
+
+
+def _look(folder: str, kind: Kind, above: int = 0) -> _Look:
+    """The claims of a kind in a folder, of the numbers above one."""
     found: dict[int, bytes] = {}
     for _ in range(LOOKS):
         names = [name for name in store.list_names(folder, f".{kind}-") if is_claim(name)]
-        numbers = sorted({int(name.rpartition("-")[2]) for name in names})
+        numbers = sorted({number for name in names if (number := int(name.rpartition("-")[2])) > above})
         found = {number: data for number in numbers if (data := _read(_path(folder, kind, number))) is not None}
         if len(found) == len(numbers):  # else one was renewed between the list and the file
-            break
-    return found
+            return _Look(found, whole=True)
+    return _Look(found, whole=False)
 
 
 def _create(path: str, data: bytes) -> bool:
@@ -263,7 +289,7 @@ def _parse(data: bytes) -> Owner:
         owner = Owner(**{name: kind(fields[name]) for name, kind in Owner.__annotations__.items()})
         return owner if 0 < owner.process < 1 << 31 else owner._replace(process=0)
     except (ValueError, KeyError, TypeError, OverflowError):
-        return Owner("an unknown job", "an unknown host", 0, "", "", "")
+        return _UNKNOWN
 
 
 def _me(job: str) -> Owner:

@@ -213,7 +213,7 @@ def _train(run: TrainRun, worker: Worker, asked: Callable[[], bool], moved: Call
         held = None
         if worker.rank == 0:
             patience = min(claim.PATIENCE, run.stall_seconds / 2)  # the others wait for this one
-            held = stack.enter_context(claim.hold(run.out, "train", kind="writer", wait=patience))
+            held = stack.enter_context(claim.hold(run.out, "train", kind="writer", wait=patience, moved=moved))
             moved("the folder is held")
         if worker.world > 1:
             dist.barrier()  # so that all read the checkpoint that the last writer left

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoint, claim, evaluate, extract, loop, shard, store, verify
+from pipeline import checkpoint, claim, evaluate, extract, loop, protocol, shard, store, verify, watchdog
 from pipeline.config import EvaluateRun, ExtractRun, ShardRun, TrainRun, VerifyRun, with_overrides
 from pipeline.presets import PRESETS
 
@@ -88,7 +88,14 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To be used with owners that are silent, or move when the test says so: a machine may be slower than a beat."""
     monkeypatch.setattr(claim, "BEAT", 0.1)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No claim is renewed within a test, and nobody's patience ends."""
+    monkeypatch.setattr(claim, "BEAT", 60.0)
 
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,18 +109,18 @@ def silence(held: claim.Claim) -> None:
     held._thread.join()
 
 
-def test_of_sixteen_exactly_one_wins_and_the_others_name_it(folder: str) -> None:
+def test_of_sixteen_exactly_one_wins_and_the_others_name_it(folder: str, slow: None) -> None:
     start, over = threading.Barrier(16), threading.Barrier(16)
 
     def challenge(number: int) -> str:
-        start.wait(60)
+        start.wait(300)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(claim.hold(folder, f"job {number}")).check()
                 told = f"job {number}"
             except claim.HeldError as error:
                 told = str(error)
-            over.wait(60)
+            over.wait(300)
         return told
 
     with ThreadPoolExecutor(16) as pool:
@@ -126,9 +133,11 @@ def test_of_sixteen_exactly_one_wins_and_the_others_name_it(folder: str) -> None
 
 def test_an_owner_that_cannot_be_seen_is_refused_while_its_numbers_move(folder, quick, monkeypatch) -> None:
     with claim.hold(folder, "first") as first:
+        silence(first)
         elsewhere(monkeypatch)
-        with pytest.raises(claim.HeldError, match="in use by first"), claim.hold(folder, "second"):
-            pass
+        with pytest.raises(claim.HeldError, match="in use by first"):  # noqa: SIM117
+            with claim.hold(folder, "second", moved=lambda what: first._renew()):
+                pass
         first.check()
     assert store.list_names(folder) == []
 
@@ -140,6 +149,7 @@ def test_an_owner_that_cannot_be_seen_and_stands_still_is_replaced_and_knows(fol
         begin = time.monotonic()
         with claim.hold(folder, "second") as second:
             assert time.monotonic() - begin >= claim.LOOKS * claim.BEAT
+            silence(second)
             with pytest.raises(claim.LostError, match=f"{folder} was taken over by second, process"):
                 first.check()
             first._renew()
@@ -153,8 +163,8 @@ def test_an_owner_that_slept_through_another_job_knows_though_nothing_is_left_of
     with claim.hold(folder, "first") as first:
         silence(first)
         elsewhere(monkeypatch)
-        with claim.hold(folder, "second"):
-            pass
+        with claim.hold(folder, "second") as second:
+            silence(second)
         first._renew()
         assert first.lost
         assert store.list_names(folder) == []
@@ -162,7 +172,53 @@ def test_an_owner_that_slept_through_another_job_knows_though_nothing_is_left_of
             first.check()
 
 
-def test_a_killed_process_of_this_machine_is_replaced_at_once(tmp_path, other) -> None:
+@pytest.mark.parametrize("missed", [False, True])
+def test_an_owner_that_moves_faster_than_it_can_be_read_is_not_overlooked(tmp_path, slow, monkeypatch, missed) -> None:
+    """Each number is gone before it is read; or the first list misses it, and the look after that is as blind."""
+    read, names, challenger = store.read_bytes, store.list_names, threading.get_ident()
+    lists: list[str] = []
+    renewing = threading.Lock()
+
+    def read_late(path: str) -> bytes:
+        if threading.get_ident() == challenger and renewing.acquire(blocking=False):
+            with contextlib.ExitStack() as stack:
+                stack.callback(renewing.release)
+                first._renew()
+        return read(path)
+
+    def list_names(folder: str, prefix: str = "") -> list[str]:
+        lists.append(folder)
+        return [] if missed and len(lists) == 1 else names(folder, prefix)
+
+    with claim.hold(str(tmp_path), "first") as first:
+        for _ in range(5):
+            first._renew()
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "read_bytes", read_late)
+            patch.setattr(store, "list_names", list_names)
+            with pytest.raises(claim.HeldError, match="in use by"), claim.hold(str(tmp_path), "second"):
+                pass
+        first.check()
+        assert len(os.listdir(tmp_path)) == 1
+
+
+def test_of_two_that_both_hold_the_lower_number_is_told(tmp_path, slow) -> None:
+    """However the lower one came to it."""
+    with claim.hold(str(tmp_path), "first") as first:
+        for _ in range(5):
+            first._renew()
+        path = tmp_path / ".claim-00000001"
+        path.write_bytes(store.sealed_json(claim._me("second")._asdict()))
+        second = claim.Claim(str(tmp_path), "claim", path.read_bytes(), 1)
+        silence(second)
+        first.check()
+        with pytest.raises(claim.LostError, match="was taken over by first"):
+            second.check()
+        first.check()
+        path.unlink()
+
+
+def test_a_killed_process_of_this_machine_is_replaced_at_once(tmp_path, other, slow) -> None:
     folder = str(tmp_path)
     first = other(folder)
     with pytest.raises(claim.HeldError, match=f"someone, process {first.process.pid} on"), claim.hold(folder, "second"):
@@ -176,7 +232,7 @@ def test_a_killed_process_of_this_machine_is_replaced_at_once(tmp_path, other) -
     assert os.listdir(folder) == []
 
 
-def test_a_number_that_another_process_has_by_now_is_no_owner(tmp_path) -> None:
+def test_a_number_that_another_process_has_by_now_is_no_owner(tmp_path, slow) -> None:
     me = claim._me("first")
     assert me.lives()
     assert me._replace(started="1").lives() is False
@@ -194,19 +250,20 @@ def test_a_stopped_process_of_another_machine_is_replaced_and_told_when_it_wakes
     assert first.check() == "mine"
     os.kill(first.process.pid, signal.SIGSTOP)
     with claim.hold(folder, "second") as second:
+        silence(second)
         os.kill(first.process.pid, signal.SIGCONT)
         told = first.check()
         assert told.startswith(f"{folder} was taken over by second, process {os.getpid()} on")
         second.check()
 
 
-def test_who_waits_comes_next(tmp_path, quick) -> None:
+def test_who_waits_comes_next(tmp_path, slow) -> None:
     folder = str(tmp_path)
     with ThreadPoolExecutor(1) as pool:
         with claim.hold(folder, "first"):
 
             def follow() -> float:
-                with claim.hold(folder, "second", wait=30):
+                with claim.hold(folder, "second", wait=300):
                     return time.monotonic()
 
             with pytest.raises(claim.HeldError), claim.hold(folder, "third", wait=0.3):
@@ -214,19 +271,20 @@ def test_who_waits_comes_next(tmp_path, quick) -> None:
             answer = pool.submit(follow)
             time.sleep(0.3)
             released = time.monotonic()
-        assert answer.result(30) >= released
+        assert answer.result(300) >= released
 
 
 def test_what_is_no_claim_of_ours_binds_as_long_as_it_moves(tmp_path, quick, capsys) -> None:
     (tmp_path / ".claim-00000003").write_bytes(b'{"job": "\x1b[31m')
     with claim.hold(str(tmp_path), "second") as second:
+        silence(second)
         second.check()
     assert "claimed by an unknown job, process unknown on an unknown host; watching" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
     assert "\x1b" not in str(claim._me("\x1b[31m"))
 
 
-def test_a_reply_that_got_lost_does_not_lose_the_claim(tmp_path, monkeypatch) -> None:
+def test_a_reply_that_got_lost_does_not_lose_the_claim(tmp_path, slow, monkeypatch) -> None:
     create = store.create
     monkeypatch.setattr(store, "create", lambda path, data: create(path, data) and False)
     with claim.hold(str(tmp_path), "first") as first:
@@ -245,10 +303,10 @@ def test_a_storage_that_fails_for_a_while_does_not_lose_the_claim(tmp_path, quic
     with claim.hold(str(tmp_path), "first") as first:
         with monkeypatch.context() as patch:
             patch.setattr(store, "create", fail)
-            assert tried.wait(10)
+            assert tried.wait(60)
         first.check()
         number = max(os.listdir(tmp_path))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while max(os.listdir(tmp_path), default="") <= number:  # it renews again
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -287,6 +345,10 @@ def metrics(out: str) -> object:
     return evaluate.evaluate(EvaluateRun(checkpoint="nowhere", data="sim:balls-interaction", out=out))
 
 
+def balls(out: str) -> object:
+    return protocol.bouncing_balls_protocol(EvaluateRun(checkpoint="nowhere", out=out, protocol="bouncing-balls"))
+
+
 def training(out: str) -> object:
     with loop.opened(dataclasses.replace(RUN, out=out)):
         raise AssertionError("it was opened")
@@ -298,7 +360,14 @@ def writing(out: str) -> object:
 
 @pytest.mark.parametrize(
     ("stage", "kind"),
-    [(shards, "claim"), (tables, "claim"), (metrics, "evaluation"), (training, "claim"), (writing, "writer")],
+    [
+        (shards, "claim"),
+        (tables, "claim"),
+        (metrics, "evaluation"),
+        (balls, "evaluation"),
+        (training, "claim"),
+        (writing, "writer"),
+    ],
 )
 def test_every_stage_refuses_a_folder_in_use_and_names_its_owner(stage, kind, tmp_path, other, monkeypatch) -> None:
     monkeypatch.setattr(extract, "plan", lambda run, out: (None, []))  # which needs a checkpoint
@@ -310,7 +379,17 @@ def test_every_stage_refuses_a_folder_in_use_and_names_its_owner(stage, kind, tm
     assert first.check() == "mine"
 
 
-def test_a_killed_training_leaves_a_folder_that_counts_as_empty_and_ends_as_undisturbed(tmp_path, other) -> None:
+def test_a_writer_that_waits_for_another_does_not_stand_still(tmp_path, other, monkeypatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(watchdog, "watched", lambda who, seconds: contextlib.nullcontext(told.append))
+    monkeypatch.setattr(claim, "PATIENCE", 1.0)
+    other(str(tmp_path), kind="writer")
+    with pytest.raises(claim.HeldError):
+        writing(str(tmp_path))
+    assert told.count("a look at who holds the folder") >= 2
+
+
+def test_a_killed_training_leaves_a_folder_that_counts_as_empty_and_ends_as_undisturbed(tmp_path, other, slow) -> None:
     alone = dataclasses.replace(RUN, out=str(tmp_path / "alone"))
     with loop.opened(alone) as (run, _):
         loop.train(run)
@@ -330,7 +409,7 @@ def test_a_killed_training_leaves_a_folder_that_counts_as_empty_and_ends_as_undi
         assert (one / path).read_bytes() == (two / path).read_bytes()
 
 
-def test_a_writer_that_was_replaced_saves_nothing_more(tmp_path) -> None:
+def test_a_writer_that_was_replaced_saves_nothing_more(tmp_path, slow) -> None:
     run: TrainRun = loop.open_run(dataclasses.replace(RUN, out=str(tmp_path), log_every=1))
 
     def steal(line: dict[str, Any]) -> None:
@@ -347,7 +426,7 @@ def test_a_writer_that_was_replaced_saves_nothing_more(tmp_path) -> None:
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000002"]
 
 
-def test_a_checkpoint_does_not_count_when_the_folder_was_lost_while_it_was_written(tmp_path, monkeypatch) -> None:
+def test_a_checkpoint_does_not_count_when_the_folder_was_lost_while_it_was_written(tmp_path, slow, monkeypatch) -> None:
     run = loop.open_run(dataclasses.replace(RUN, out=str(tmp_path)))
     publish = store.publish
 
