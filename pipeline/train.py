@@ -136,6 +136,8 @@ def _fit(run: TrainRun, held: claim.Claim, use_gpu: bool, gpus: float) -> None:
         failures = list(getattr(error, "worker_failures", {}).values())
         for failure in failures:
             cause = getattr(failure, "cause", failure)
+            if isinstance(cause, claim.HeldError):  # an earlier writer, which the next attempt may find gone
+                raise ChildProcessError(str(cause)) from error
             if isinstance(cause, OWN_ERRORS) or getattr(cause, "errno", None) == errno.ENOSPC:
                 raise cause from None
         first = str(failures[0] if failures else error).strip().rpartition("\n")[2]

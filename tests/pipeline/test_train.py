@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoint, loop, train
+from pipeline import checkpoint, claim, loop, train
 from pipeline.config import TrainRun, with_overrides
 from pipeline.presets import PRESETS
 
@@ -30,6 +30,29 @@ RUN = with_overrides(
         "device": "cpu",
     },
 )
+
+
+@pytest.mark.parametrize(
+    ("cause", "wanted"), [(claim.HeldError("in use"), ChildProcessError), (claim.LostError("taken"), claim.LostError)]
+)
+def test_a_writer_that_has_not_ended_yet_is_waited_for_by_another_attempt(tmp_path, monkeypatch, cause, wanted) -> None:
+    import ray.train.torch
+    from ray.train import WorkerGroupError
+
+    class Trainer:
+        def __init__(self, *given: object, **named: object) -> None:
+            pass
+
+        def fit(self) -> None:
+            raise WorkerGroupError(str(cause), {0: cause})
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2})
+    for name in ("RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "0")
+    with claim.hold(str(tmp_path), "train") as held, pytest.raises(wanted, match=str(cause)):
+        train._fit(dataclasses.replace(RUN, out=str(tmp_path)), held, use_gpu=False, gpus=1.0)
 
 
 def worker_processes() -> list[int]:
