@@ -101,7 +101,7 @@ def save_checkpoint(
     best: bool = False,
     passing: bool = False,
     moved: Callable[[str], None] = lambda what: None,
-    check: Callable[[], None] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> str:
     """Save a training state as the run's last checkpoint; return the checkpoint's folder.
 
@@ -109,7 +109,7 @@ def save_checkpoint(
     wants back. The newest ``keep_last`` checkpoints stay, and the best one: this one if ``best``, else the best so far.
     A ``passing`` one, of a run that must stop between two others, takes no place among them and goes with the next one.
     ``moved`` is called with the name of each file that is written.
-    ``check`` raises when the folder must not be changed any more; it is called before ``last.json`` is.
+    ``check`` raises when the folder must not be changed any more; it is called before each change.
 
     Raises:
         ValueError: ``state`` or the optimiser's state has no exact form on disk.
@@ -135,18 +135,21 @@ def save_checkpoint(
     name = f"checkpoints/step-{step:08d}"
     path = store.join(run_dir, name)
     if not (store.exists(store.join(path, "COMPLETE")) and store.read_bytes(store.join(path, "COMPLETE")) == complete):
+        check()
         store.remove(store.join(path, "COMPLETE"))  # left by an attempt that got no further, or by another run
         for file, data in {**files, "COMPLETE": complete}.items():
+            check()
             store.publish(store.join(path, file), data)
             moved(f"{name}/{file} was written")
-    if check is not None:
-        check()
     before = _read_last(run_dir) or {}
     last = {"step": step, "checkpoint": name, "best": name if best else before.get("best")}
     passed = [old for old in before.get("passing", ()) if old != name] + ([name] if passing else [])
+    check()
     store.publish_json(store.join(run_dir, "last.json"), {**last, "passing": passed} if passed else last)
+    check()
     retire(run_dir, keep_last=keep_last)
     if passed not in ([], [name]):  # they are gone
+        check()
         store.publish_json(store.join(run_dir, "last.json"), {**last, "passing": [name]} if passing else last)
     return path
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.checkpoint import (
     restore,
     save_checkpoint,
 )
+from pipeline.claim import LostError
 from pipeline.config import OptimConfig, TrainRun
 from pipeline.presets import PRESETS
 
@@ -171,6 +173,36 @@ def test_bad_last_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "last.json").write_text(content)
     with pytest.raises(ValueError, match=r"last\.json"):
         load_last(str(tmp_path))
+
+
+def test_a_writer_that_was_replaced_leaves_the_other_ones_checkpoint(tmp_path: Path) -> None:
+    out, stale = str(tmp_path / "run"), toy(seed=1)
+    save(str(tmp_path / "other"), 7, *toy())
+
+    def content() -> dict[str, bytes]:
+        return {name: (tmp_path / "run" / name).read_bytes() for name in store.list_tree(out)}
+
+    def check() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:  # the other one has saved the same step meanwhile
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.copytree(tmp_path / "other", out)
+            raise LostError("another job has taken it over")
+
+    state = {"family": "toy", "model": {}, "run": {}, "position": 1}
+    for allowed in range(7):  # COMPLETE goes, four files come, last.json, what is old goes
+        shutil.rmtree(out, ignore_errors=True)
+        save(out, 7, *toy(seed=2))
+        left = allowed
+        with pytest.raises(LostError):
+            save_checkpoint(out, 7, model=stale[0], optimizer=stale[1], state=state, keep_last=1, check=check)
+        assert sorted(content()) == sorted(["last.json", *(f"checkpoints/step-00000007/{name}" for name in FILES)])
+        saved = load_last(out)
+        assert saved is not None
+        assert_same_state(saved.model, dict(toy()[0].state_dict()))
+    left = 7
+    save_checkpoint(out, 7, model=stale[0], optimizer=stale[1], state=state, keep_last=1, check=check)
 
 
 def test_newest_and_best_are_kept(run_dir: str) -> None:
