@@ -331,7 +331,8 @@ def publish(path: str, data: bytes) -> Published:
     if not is_url(path):
         return publish_file(path, lambda file: file.write(data))
     failpoints.reach("publish", path)
-    filesystem().pipe_file(path, data)
+    with _marking(path) as metadata:
+        filesystem().pipe_file(path, data, Metadata=metadata)
     failpoints.reach("published", path)
     return Published(len(data), hashlib.sha256(data).hexdigest())
 
@@ -347,7 +348,8 @@ def publish_file(path: str, writer: Callable[[BinaryIO], object]) -> Published:
             with naming(temporary):
                 published = _write(temporary, writer)
             failpoints.reach("publish", path)
-            _upload(temporary, path)
+            with _marking(path) as metadata:
+                filesystem().put_file(temporary, path, Metadata=metadata)
         failpoints.reach("published", path)
         return published
     with _replacing(path) as temporary:
@@ -635,10 +637,12 @@ def _create_object(path: str, data: bytes) -> bool:
         return _writer(path) == mark
 
 
-def _upload(local: str, path: str) -> None:
+@contextlib.contextmanager
+def _marking(path: str) -> Iterator[dict[str, str]]:
+    """Metadata for an object that is written inside, by which it is known to be there."""
     mark = uuid.uuid4().hex
     try:
-        filesystem().put_file(local, path, Metadata={WRITER: mark})
+        yield {WRITER: mark}
     except FileNotFoundError:
         # An upload in parts that is complete is not known any more: the answer was lost, and it was asked for again.
         if _writer(path) != mark:

@@ -25,7 +25,8 @@ FAULTS = ("500", "503", "hang", "reset", "late-reset", "half", "lost")
 """What can happen to a request: an error of the server; a request to slow down; no answer until the client has given
 up; a connection that is cut before the server sees the request, after it has done it, or in the middle of the answer;
 and no answer to a put or post that was done."""
-_ERRORS = {"500": "InternalError", "503": "SlowDown"}
+_ERRORS = {"500": "InternalError", "503": "SlowDown", "404": "NoSuchUpload"}
+"""Of these, ``404`` can only be planned: so answers a store that has completed an upload in parts and forgotten it."""
 _HOP_BY_HOP = ("connection", "transfer-encoding", "content-length", "expect", "host", "keep-alive")
 
 

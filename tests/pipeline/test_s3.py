@@ -10,12 +10,15 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from s3fs import S3FileSystem
 
 from pipeline import cli, loop, store
 from pipeline.config import StorageConfig
 from tests.pipeline.flaky_s3 import FAULTS, FlakyS3
 
 Flaky = Callable[..., FlakyS3]
+GONE = (("POST .*uploadId=", "lost"), ("POST .*uploadId=", "404"))
+"""An upload in parts is completed, but not answered, and is gone when its completion is asked for again."""
 
 
 @pytest.fixture
@@ -173,8 +176,7 @@ def test_upload_in_parts_survives_lost_answers_and_leaves_none_open(
     monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda size, chunksize=None: 5 << 20)
     data, path = os.urandom(11 << 20), store.join(s3_folder, "large")
     proxy = flaky()
-    # The upload is gone when its completion is asked for again.
-    proxy.planned = [("PUT .*partNumber=2", "lost"), ("POST .*uploadId=", "lost")]
+    proxy.planned = [("PUT .*partNumber=2", "lost"), *GONE]
     published = store.publish_file(path, lambda file: file.write(data))
     assert proxy.planned == []
     assert store.sha256_file(path) == published.sha256
@@ -193,6 +195,23 @@ def test_upload_in_parts_survives_lost_answers_and_leaves_none_open(
     store.abandon(upload)
     store.abandon(upload)
     assert store.unfinished(s3_folder) == []
+
+
+@pytest.mark.usefixtures("patience")
+def test_published_bytes_in_parts_survive_a_lost_answer(
+    flaky: Flaky, s3_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(S3FileSystem._pipe_file, "__defaults__", (5 << 20, None, "overwrite"))
+    data, path, proxy = os.urandom(11 << 20), store.join(s3_folder, "large"), flaky()
+    proxy.planned = [*GONE]
+    published = store.publish(path, data)
+    assert proxy.planned == []
+    assert store.sha256_file(path) == published.sha256
+    # What another writer has put there meanwhile is not this one's.
+    monkeypatch.setattr(store, "_writer", lambda path: "another")
+    proxy.planned = [*GONE]
+    with pytest.raises(FileNotFoundError):
+        store.publish(path, data)
 
 
 def test_a_store_that_ignores_the_condition_is_refused_once_and_cheaply(flaky: Flaky, s3_folder: str) -> None:
