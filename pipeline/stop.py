@@ -128,13 +128,15 @@ def passed_on(out: str, grace_seconds: float) -> Iterator[Callable[[], bool]]:
 
     try:
         with on_sigterm(act):
-            yield were_told
+            try:
+                yield were_told
+            finally:
+                done.set()  # while the handler is ours: a SIGTERM that the thread sends now must not end the process
     except KeyboardInterrupt as error:
         if overdue.is_set() and not isinstance(error, Preempted):  # Ray raises its own in the place of ours
             raise late from None
         raise
     finally:
-        done.set()
         if told.is_set():
             with contextlib.suppress(Exception):  # the next run on the folder removes it
                 store.remove(path)
