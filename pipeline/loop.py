@@ -104,12 +104,14 @@ def open_run(run: TrainRun) -> TrainRun:
 
     Raises:
         ValueError: the data do not fit; or the folder holds a run and ``resume`` was not asked for, or holds none and
-            it was; or the stored run has other settings, other code or other perceptual weights, without ``force``; or
-            the folder is not empty and not a run; or the weights to start from do not fit; or perceptual ones are
-            missing or wrong.
+            it was; or ``force`` was asked for without ``resume``; or the stored run has other settings, other code or
+            other perceptual weights, without ``force``; or the folder is not empty and not a run; or the weights to
+            start from do not fit; or perceptual ones are missing or wrong.
     """
     if run.resume and not run.out:
         raise ValueError("--resume needs --out, the folder of the run to continue")
+    if run.force and not run.resume:
+        raise ValueError("--force needs --resume: it continues a run although its settings, code or data changed")
     perceptual.require(run)
     run = resolve_paths(run)
     if not run.out:
@@ -220,7 +222,7 @@ def _train(run: TrainRun, worker: Worker, asked: Callable[[], bool], moved: Call
         training = _Training(run, worker, device, asked, moved, held)
         if training.step >= run.steps:
             return training.path
-        log = stack.enter_context(MetricsLog(run.out, training.step)) if worker.rank == 0 else None
+        log = stack.enter_context(MetricsLog(run.out, training.step, training.check)) if worker.rank == 0 else None
         if run.stages and training.step == 0:
             training.tell_stage(log, "start")
         if training.forced:
@@ -299,6 +301,7 @@ class _Training:
     ) -> None:
         self.run, self.worker, self.device = run, worker, device
         self.asked, self.moved, self.held = asked, moved, held
+        self.check: Callable[[], None] = held.check if held is not None else lambda: None
         self.asked_at = time.monotonic()
         self.step = self.position = self.skipped = 0
         self.best: float | None = None
@@ -481,7 +484,7 @@ class _Training:
         due = step % run.checkpoint_every == 0 or last
         save = due or stopping
         if self.held is not None and (save or self.held.lost):
-            self.held.check()  # before the metrics, too: they are another's by now
+            self.check()  # before the metrics, too: they are another's by now
         # a run that goes on from a checkpoint, or with another stage, begins with an empty window
         told = step % run.log_every == 0 or save or over
         if told:
@@ -500,6 +503,7 @@ class _Training:
         if self.held_out is not None and run.eval_every and (step % run.eval_every == 0 or last):
             families.set_step(model, step)
             held = evaluate(model, self.held_out, run, self.device, worker.rank, worker.world, self.moved)
+            self.check()  # it took minutes
             _emit(log, worker, {"kind": "eval", "step": step, **held})
             psnr_is_known = math.isfinite(held["recon_psnr"])
             improved = due and psnr_is_known and (self.best is None or held["recon_psnr"] > self.best)
@@ -512,7 +516,7 @@ class _Training:
                 self.path = checkpoint.save_checkpoint(
                     self.run.out, step, model=model, optimizer=self.optimizer, state=self._state(),
                     keep_last=run.keep_last, best=improved, passing=not due, moved=self.moved,
-                    check=self.held and self.held.check,
+                    check=self.check,
                 )  # fmt: skip
             worker.report({"step": step})
             self.watch.lap("checkpoint")
@@ -631,10 +635,12 @@ class MetricsLog:
     """``metrics.jsonl`` and TensorBoard events of a run folder.
 
     Lines after the step that a run resumes from are dropped first, so every step stands once. On object storage, where
-    nothing can be appended, both are collected locally and published every ``PUBLISH_SECONDS`` and at each checkpoint.
+    nothing can be appended, both are collected locally and published every ``PUBLISH_SECONDS`` and at each checkpoint,
+    each time after ``check``, which raises when they are another writer's by now.
     """
 
-    def __init__(self, out: str, step: int) -> None:
+    def __init__(self, out: str, step: int, check: Callable[[], None] = lambda: None) -> None:
+        self.check = check
         self.path = store.join(out, "metrics.jsonl")
         self.remote = store.is_url(out)
         kept = read_metrics(out, step)
@@ -652,7 +658,8 @@ class MetricsLog:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, claim.LostError):  # else the file is another's by now
-            self.sync()
+            with contextlib.suppress(claim.LostError):  # also where what ended this writer was something else
+                self.sync()
         if self.writer is not None:
             self.writer.close()
 
@@ -673,7 +680,11 @@ class MetricsLog:
                         self.writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
 
     def sync(self) -> None:
-        """Make everything so far durable, on object storage by publishing it."""
+        """Make everything so far durable, on object storage by publishing it.
+
+        Raises:
+            LostError: it would have replaced what another writer publishes.
+        """
         if self.writer is not None:
             with store.naming(self.events):
                 self.writer.flush()
@@ -681,9 +692,11 @@ class MetricsLog:
             with store.naming(self.path), open(self.path, "ab") as file:
                 os.fsync(file.fileno())
         else:
+            self.check()
             store.publish(self.path, "".join(f"{line}\n" for line in self.lines).encode())
             for name in os.listdir(self.events):
                 with open(os.path.join(self.events, name), "rb") as file:
+                    self.check()
                     store.publish(store.join(self.out, "tensorboard", name), file.read())
             self.published = time.monotonic()
 

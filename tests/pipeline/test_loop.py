@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import dataclasses
 import io
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from objdyn import families
 from objdyn.interface import Loss
-from pipeline import benchmark, checkpoint, failpoints, loop, store
+from pipeline import benchmark, checkpoint, claim, failpoints, loop, store
 from pipeline.config import TrainRun, with_overrides
 from pipeline.presets import ABOUT, PRESETS
 from pipeline.reader import open_source
@@ -421,6 +422,33 @@ def test_a_number_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> N
     with loop.MetricsLog(str(tmp_path), 0) as log:
         log.write({"kind": "eval", "step": 1, "loss": float("inf"), "recon_psnr": float("nan")})
     assert loop.read_metrics(str(tmp_path)) == [{"kind": "eval", "step": 1, "loss": None, "recon_psnr": None}]
+
+
+@pytest.mark.parametrize("ends_by", [ConnectionError("cut off"), None])
+def test_a_replaced_writer_leaves_the_metrics_of_the_new_one(
+    s3_folder: str, monkeypatch: pytest.MonkeyPatch, ends_by: Exception | None
+) -> None:
+    lost = False
+
+    def check() -> None:
+        if lost:
+            raise claim.LostError("another job has taken it over")
+
+    line = {"kind": "eval", "step": 1, "loss": 1.0}
+    path = store.join(s3_folder, "metrics.jsonl")
+    with contextlib.suppress(ConnectionError), loop.MetricsLog(s3_folder, 0, check) as log:
+        log.write(line)
+        log.sync()
+        assert loop.read_metrics(s3_folder) == [line]
+        store.publish(path, b"of the new owner")
+        events = {name: store.read_bytes(store.join(s3_folder, name)) for name in store.list_tree(s3_folder)}
+        lost = True
+        monkeypatch.setattr(loop, "PUBLISH_SECONDS", -1.0)
+        with pytest.raises(claim.LostError):
+            log.write({**line, "step": 2})
+        if ends_by is not None:
+            raise ends_by
+    assert {name: store.read_bytes(store.join(s3_folder, name)) for name in store.list_tree(s3_folder)} == events
 
 
 def test_learning_rate_decays_by_steps(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run that is asked to end, that hangs, or that goes on with something changed."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,31 @@ def test_a_driver_passes_sigterm_on_and_waits_no_longer_than_its_grace(tmp_path:
     with pytest.raises(stop.Preempted, match=r"not all workers had stopped 0\.5 s later"):
         drive()
     assert not (tmp_path / stop.FILE).exists()
+
+
+def test_a_sigterm_of_its_own_that_comes_when_all_is_done_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overdue, send, on_sigterm = threading.Event(), signal.pthread_kill, stop.on_sigterm
+
+    @contextlib.contextmanager
+    def handled(act: Callable[[], None]) -> Iterator[None]:
+        with on_sigterm(act):
+            yield
+            send(threading.main_thread().ident or 0, signal.SIGTERM)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(signal, "pthread_kill", lambda *_: overdue.set())  # so late is the thread that sends it
+    monkeypatch.setattr(stop, "on_sigterm", handled)
+    with stop.passed_on(str(tmp_path), 0.05):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert overdue.wait(5)
+
+
+def test_force_without_resume_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--force needs --resume"):
+        loop.open_run(run_in(tmp_path / "run", force=True))
+    assert not (tmp_path / "run").exists()
 
 
 HANGS = """
