@@ -13,6 +13,7 @@ which Prometheus takes them, as ``ray_objdyn_<stage>_<what>`` with the labels ``
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 import threading
@@ -36,6 +37,7 @@ TAGS = ("stage", "split", "family")
 
 _defaults: dict[str, str] = {}
 _log: list[str] = []
+_asked: list[tuple[bytes, int]] = []
 
 
 class Stopwatch:
@@ -264,15 +266,25 @@ def log_to(path: str) -> None:
 
 
 def earlier_attempts() -> int:
-    """How often Ray has tried the task that runs in this process before; 0 outside of tasks."""
+    """How often Ray has tried the task that runs in this process before; 0 outside of tasks.
+
+    Only the first to ask in a task is told, and the others 0: the items that share a task add up what they are told.
+    """
     worker = sys.modules.get("ray._private.worker")
     core: Any = getattr(getattr(worker, "global_worker", None), "core_worker", None)
     count = getattr(core, "get_current_task_attempt_number", None)  # Ray has no public name for it
-    return int(count()) if count is not None else 0
+    if count is None:
+        return 0
+    attempt = core.get_current_task_id().binary(), int(count())
+    first = attempt not in _asked
+    _asked[:] = [attempt]
+    return attempt[1] if first else 0
 
 
 def duration(seconds: float) -> str:
-    """``75`` as ``1m15s``."""
+    """``75`` as ``1m15s``; ``?`` for what is not finite."""
+    if not math.isfinite(seconds):
+        return "?"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

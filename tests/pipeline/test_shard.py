@@ -250,6 +250,21 @@ def test_of_short_items_that_share_a_task_those_around_a_death_are_done_in_anoth
     assert results == [f"({item})" if item in alone else item for item in items]
 
 
+def test_a_retry_of_short_items_that_share_a_task_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(item: str) -> str:
+        if item == "50" and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            os._exit(1)
+        return item
+
+    items = [str(n) for n in range(100)]
+    assert sharding._num_tasks("probe", 100) < 100
+    assert sharding._run_all(fail, items, "probe", list) == items
+    assert "  1 retries" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_failing_task_says_why() -> None:
     def fail(item: str) -> str:
         raise OSError(28, "No space left on device")

@@ -156,7 +156,9 @@ def test_a_stopwatch_leaves_no_time_out(clock: Clock) -> None:
     assert watch.seconds == {"data": 6, "model": 15}
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(5, "0m05s"), (75.4, "1m15s"), (3725, "1h02m")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "0m05s"), (75.4, "1m15s"), (3725, "1h02m"), (float("inf"), "?"), (float("nan"), "?")]
+)
 def test_duration_reads_well(seconds: float, text: str) -> None:
     assert status.duration(seconds) == text
 
