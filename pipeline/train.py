@@ -6,7 +6,7 @@ it holds nothing that a run needs and is removed at the end.
 SIGTERM to the driver reaches the workers through ``RUN/.stop``, see ``stop.py``: they save and return, and the driver
 ends as preempted. ``ray job stop`` follows with SIGKILL after 3 s unless the head was started with
 ``RAY_JOB_STOP_WAIT_TIME_S=30``, the time that Kubernetes and spot machines give. When Ray drains the node of a worker,
-all save and return as well, and are started again on the nodes that are left.
+all save and return as well, and go on as soon as the cluster has as many slots again: their number is fixed.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from pipeline import checkpoint, claim, cluster, loop, perceptual, report, stop,
 from pipeline.config import TrainRun
 
 MAX_RESTARTS = 3
-"""Times that the group of workers is started again after one of them died."""
+"""Times that the group of workers is started again, after one of them died, without a new checkpoint between."""
 FOLLOW_SECONDS = 1.0
 """How often the driver looks for new lines of metrics in a local run folder."""
 Show = Callable[[dict[str, Any]], None]
@@ -42,7 +42,7 @@ def train(run: TrainRun, *, gpus: float = 1.0, show: Show | None = None) -> str:
     Raises:
         ValueError: settings or data that cannot work.
         FloatingPointError: the loss stayed non-finite.
-        ChildProcessError: workers died more than ``MAX_RESTARTS`` times.
+        ChildProcessError: workers died more than ``MAX_RESTARTS`` times without a new checkpoint between.
         Preempted: SIGTERM arrived, or somebody made ``RUN/.stop``, and the run is not at its end.
     """
     perceptual.require(run)
@@ -72,14 +72,15 @@ def _fit_to_the_end(
     restarted: Callable[[str], None],
 ) -> None:
     """Run the workers until the run is done, again after they died or had to leave a node; ``restarted`` tells why."""
-    restarts = 0
+    restarts, reached = 0, checkpoint.last_step(run.out) or 0
     while True:
         held.check()
         try:
             _fit(run, held, use_gpu, gpus)
         except ChildProcessError as error:
-            restarts += 1
             if not were_told():
+                before, reached = reached, checkpoint.last_step(run.out) or 0
+                restarts = 1 if reached > before else restarts + 1
                 if restarts > MAX_RESTARTS:
                     raise
                 restarted(f"{error}; starting again from the last checkpoint")
@@ -91,7 +92,7 @@ def _fit_to_the_end(
             raise stop.Preempted(
                 f"preempted; step {step} of {run.steps} is saved; run the same command with --resume to go on"
             )
-        restarted(f"a node is being taken away; going on from step {step} on the others")
+        restarted(f"a node is being taken away; going on from step {step} once {run.workers} workers have a place")
 
 
 def _fit(run: TrainRun, held: claim.Claim, use_gpu: bool, gpus: float) -> None:
@@ -108,9 +109,8 @@ def _fit(run: TrainRun, held: claim.Claim, use_gpu: bool, gpus: float) -> None:
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     # For a worker that is stopped as a whole, whose own watchdog stands still, too.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(run.stall_seconds)
-    if (slots := int(ray.cluster_resources().get("CPU", 0))) < run.workers:  # Ray waits without end or word
-        text = f"waiting for {run.workers} CPU slots; the cluster has {slots} now"
-        print(text, file=sys.stderr, flush=True)
+    resources = {"CPU": 1.0, **({"GPU": gpus} if use_gpu else {})}
+    _say_what_is_missing({name: run.workers * count for name, count in resources.items()})
     path, filesystem = ray_storage(run.out)
     trainer = TorchTrainer(
         _work,
@@ -120,7 +120,7 @@ def _fit(run: TrainRun, held: claim.Claim, use_gpu: bool, gpus: float) -> None:
         scaling_config=ScalingConfig(
             num_workers=run.workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": gpus} if use_gpu else {})},
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name=".ray",
@@ -145,6 +145,16 @@ def _fit(run: TrainRun, held: claim.Claim, use_gpu: bool, gpus: float) -> None:
     finally:
         if not held.lost:
             store.remove_tree(scratch)
+
+
+def _say_what_is_missing(wanted: dict[str, float]) -> None:
+    """Tell what of some resources the cluster does not have now: Ray waits for it without end or word."""
+    import ray
+
+    there = ray.cluster_resources()
+    for name, count in wanted.items():
+        if (slots := there.get(name, 0)) < count:
+            print(f"waiting for {count:g} {name} slots; the cluster has {slots:g} now", file=sys.stderr, flush=True)
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -220,15 +230,24 @@ class _Lines:
         """Complete lines not returned before; those that a restarted worker repeats are left out."""
         if not store.exists(self.path):
             return []
+        try:
+            lines = self._read()
+        except ValueError:  # it also wrote more than it dropped since the last look: that began within a line
+            self.offset = 0
+            lines = self._read()
+        lines = [line for line in lines if _identity(line) not in self.shown]
+        self.shown.update(map(_identity, lines))
+        return lines
+
+    def _read(self) -> list[dict[str, Any]]:
         with store.open_read(self.path) as file:
             if file.seek(0, os.SEEK_END) < self.offset:  # a restarted worker dropped what came after its checkpoint
                 self.offset = 0
             file.seek(self.offset)
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
+        lines = [json.loads(line) for line in whole.splitlines()]
         self.offset += len(whole)
-        lines = [line for line in map(json.loads, whole.splitlines()) if _identity(line) not in self.shown]
-        self.shown.update(map(_identity, lines))
         return lines
 
 
@@ -253,7 +272,6 @@ def _use_gpu(run: TrainRun) -> bool:
         return run.device == "cuda" or (run.device == "auto" and gpus >= run.workers)
     if not cluster.is_joined():
         raise ValueError(f"device=cuda with workers={run.workers}, but this machine has {gpus} GPUs; lower --workers")
-    print(f"waiting for {run.workers} GPUs; the cluster has {gpus} now", file=sys.stderr, flush=True)
     return True
 
 

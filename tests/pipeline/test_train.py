@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,51 @@ def test_new_lines_of_metrics_are_shown_once_also_after_a_restart(tmp_path: Path
     assert lines.new() == []
     path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "kind": "train"}\n{"step": 3, "kind": "train"}\n')
     assert [line["step"] for line in lines.new()] == [3]
+
+
+def test_a_log_that_was_cut_and_has_outgrown_itself_between_two_looks_is_read_from_its_start(tmp_path: Path) -> None:
+    path, lines = tmp_path / "metrics.jsonl", train._Lines(str(tmp_path))
+
+    def write(*steps: int, rate: float) -> None:
+        texts = (json.dumps({"step": step, "kind": "train", "steps_per_second": rate}) for step in steps)
+        path.write_text("".join(f"{text}\n" for text in texts))
+
+    write(1, 2, 3, rate=10.0)
+    assert [line["step"] for line in lines.new()] == [1, 2, 3]
+    write(1, 2, 3, 4, 5, rate=1.23456)  # another speed: lines of another length
+    assert [line["step"] for line in lines.new()] == [4, 5]
+    assert lines.offset == path.stat().st_size
+    assert lines.new() == []
+
+
+def test_restarts_are_counted_from_the_last_new_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, told, attempts = 0, list[str](), iter([0, 0, 1, 0, 0, 2, 0, 0, 0])  # new steps of each attempt
+
+    def fit(*_: object) -> None:
+        nonlocal reached
+        reached += next(attempts)
+        raise ChildProcessError("a training worker failed")
+
+    monkeypatch.setattr(train, "_fit", fit)
+    monkeypatch.setattr(checkpoint, "last_step", lambda out: reached or None)
+    held = types.SimpleNamespace(check=lambda: None)
+    with pytest.raises(ChildProcessError):
+        train._fit_to_the_end(RUN, held, False, 1.0, lambda: False, told.append)  # pyright: ignore[reportArgumentType]
+    # two, then three from the first new checkpoint on, then three and the one that is too much
+    assert (len(told), reached, next(attempts, None)) == (8, 3, None)
+
+
+def test_what_the_cluster_does_not_have_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    train._say_what_is_missing({"CPU": 4.0, "GPU": 1.0})
+    assert capsys.readouterr().err == ""
+    train._say_what_is_missing({"CPU": 5.0, "GPU": 2.5})
+    assert capsys.readouterr().err.splitlines() == [
+        "waiting for 5 CPU slots; the cluster has 4 now",
+        "waiting for 2.5 GPU slots; the cluster has 1 now",
+    ]
 
 
 def test_each_try_of_a_step_that_was_skipped_is_shown(tmp_path: Path) -> None:
