@@ -235,16 +235,18 @@ class Status:
             from ray.util import metrics
 
             name = f"objdyn_{self.stage.replace(' ', '_')}"
-            counters: dict[str, float] = {"done": self.done - self.first, **self.counts}
+            # Not a gauge: Ray forgets one that was not set for two of its intervals, 20 s.
+            counters: dict[str, float] = {"planned": self.total - self.first, "done": self.done - self.first}
+            counters |= self.counts
             counters |= {f"seconds/{phase}": value for phase, value in self.seconds.items()}
             for what, value in counters.items():
                 if (more := value - self._sent.get(what, 0)) > 0:
                     self._sent[what] = value
                     kind, _, phase = what.partition("/")
                     tags = self._tags | ({"phase": phase} if phase else {})
-                    meaning = f"{self.unit} done" if kind == "done" else kind
+                    meaning = f"{self.unit} {kind}" if kind in ("planned", "done") else kind
                     metrics.Counter(f"{name}_{kind}", f"{self.stage}: {meaning}", tuple(tags)).inc(more, tags)
-            for what, value in {"planned": self.total, "per_second": self.rate, **self._gauges}.items():
+            for what, value in {"per_second": self.rate, **self._gauges}.items():
                 metrics.Gauge(f"{name}_{what}", f"{self.stage}: {self.unit} {what}", TAGS).set(value, self._tags)
 
 
