@@ -183,11 +183,6 @@ def _places(run: SweepRun) -> tuple[str, str]:
     if run.resume and not run.out:
         raise ValueError("--resume needs --out, the folder of the sweep to go on with")
     out = store.resolve(run.out, "--out") if run.out else loop.next_free_folder(run.preset.replace("/", "-"), "sweeps")
-    if not run.study_storage and store.is_url(out):
-        raise ValueError(
-            f"--out {out} is object storage, where Optuna cannot keep a file; give --study-storage, the URL of a "
-            "database or a file that the head node keeps"
-        )
     location = run.study_storage or store.join(out, "study.db")
     if "://" not in location:
         location = store.resolve(location, "--study-storage")

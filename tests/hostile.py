@@ -37,6 +37,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the folders objdyn/ and pipeline/ beside this file are not the packages
+# ruff: noqa: E402
+
 import hostile_files as files
 import numpy as np
 import pyarrow.parquet as pq
@@ -58,7 +62,6 @@ NEEDED = (
 for needed in NEEDED:
     importlib.import_module(needed)
 
-ROOT = Path(__file__).resolve().parents[1]
 MEMORY = 1_500_000_000
 """Bytes of address space that a job may take beyond what its process has at the start."""
 SECONDS = 60

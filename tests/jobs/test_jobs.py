@@ -61,7 +61,7 @@ def test_job_runs_as_a_program_from_another_folder(tmp_path):
     job = next(job for job in JOBS if job.name == "quickstart.py")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where `env python` looks
     done = subprocess.run(
-        [str(job), "--out", "s3://bucket/x"],
+        [str(job), "--out", "gs://bucket/x"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -69,5 +69,5 @@ def test_job_runs_as_a_program_from_another_folder(tmp_path):
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("error: --out=s3://bucket/x")
+    assert done.stderr.startswith("error: --out=gs://bucket/x is not supported")
     assert done.stderr.count("\n") == 1

@@ -34,7 +34,7 @@ def test_a_sample_of_faults_is_survived_by_every_stage(tmp_path: Path) -> None:
     counts = inject(tmp_path)
     assert set(STAGES) <= counts.keys()
     assert sum("disk full" in name for name in counts) == 3
-    assert sum("2 workers" in name for name in counts) == 4
+    assert sum("2 workers" in name for name in counts) == 5
     assert all(count["injected"] >= 2 for count in counts.values())
     assert sum(counts[name]["injected"] for name in STAGES) >= 50
     assert total(counts, "survived") == total(counts, "injected")

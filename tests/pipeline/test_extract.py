@@ -836,9 +836,10 @@ def test_ray_writes_the_same_tables_and_does_the_deleted_part_again(
 
 SCRIPT = """
 import json, sys
+from pipeline.checkpoint import config_from_json
 from pipeline.config import ExtractRun
 from pipeline.extract import extract
-extract(ExtractRun(**json.loads(sys.argv[1])))
+extract(config_from_json(ExtractRun, json.loads(sys.argv[1])))
 """
 
 
