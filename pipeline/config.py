@@ -1178,8 +1178,8 @@ class SweepRun:
     def __post_init__(self) -> None:
         if store.is_url(self.out) and not self.study_storage:
             raise ValueError(
-                f"--out {self.out} is object storage, where Optuna cannot keep a file; give --study-storage, the URL of "
-                "a database or a file that the head node keeps"
+                f"--out {self.out} is object storage, where Optuna cannot keep a file; give --study-storage, the URL "
+                "of a database or a file that the head node keeps"
             )
         for name in ("seeds", "max_concurrent", "workers"):
             if getattr(self, name) < 1:
