@@ -435,7 +435,7 @@ def test_a_replaced_writer_leaves_the_metrics_of_the_new_one(
             raise claim.LostError("another job has taken it over")
 
     line = {"kind": "eval", "step": 1, "loss": 1.0}
-    path = store.join(s3_folder, "metrics.jsonl")
+    path, events = store.join(s3_folder, "metrics.jsonl"), dict[str, bytes]()
     with contextlib.suppress(ConnectionError), loop.MetricsLog(s3_folder, 0, check) as log:
         log.write(line)
         log.sync()

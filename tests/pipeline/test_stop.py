@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,6 +201,7 @@ def test_force_without_resume_is_refused(tmp_path: Path) -> None:
 
 HANGS = """
 import sys
+import threading
 from pipeline import watchdog
 with watchdog.watched("worker 3", 0.5) as moved:
     moved("step 7")

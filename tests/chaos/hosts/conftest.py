@@ -87,9 +87,7 @@ def finish(program: subprocess.Popen[bytes], log: Path, seconds: float = 120) ->
     try:
         status = program.wait(seconds)
     except subprocess.TimeoutExpired:
-        raise TimeoutError(
-            f"{shlex.join(map(str, program.args))} ran longer than {seconds} s: {log.read_text()}"
-        ) from None
+        raise TimeoutError(f"{program.args} ran longer than {seconds} s: {log.read_text()}") from None
     return status, log.read_text()
 
 
