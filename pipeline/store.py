@@ -185,7 +185,8 @@ def job_into_folder(function: Callable[_Given, _Answer]) -> Callable[_Given, _An
     @job
     @functools.wraps(function)
     def wrapped(*given: _Given.args, **named: _Given.kwargs) -> _Answer:
-        require_create(cast(Any, given[0]).out)
+        if (out := cast(Any, given[0]).out).startswith("s3://"):  # any other URL is refused by ``resolve``
+            require_create(out)
         return function(*given, **named)
 
     return wrapped
