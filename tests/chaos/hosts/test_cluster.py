@@ -41,7 +41,7 @@ def test_folder_of_one_host_is_refused_with_the_name_of_the_other(cluster: Any) 
     status, text = head.run(*words, log=log, seconds=300, RAY_ADDRESS=cluster.ray)
     assert status == 0, text
     for name in ("train", "shard", "extract"):
-        (line,) = (line for line in text.splitlines() if line.startswith(name))
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{name} refused: "))
         assert "/tmp/own/" in line
         assert f"is not shared by all nodes: {second.address} cannot read what this machine writes" in line
     assert not second.path("/tmp/own").exists()
