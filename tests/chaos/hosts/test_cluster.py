@@ -110,5 +110,5 @@ def test_job_is_taken_from_who_has_the_token_alone(room: Any, repository: Path) 
     status, text = friend.run(*submit[:2], "list", submit[3], log=log)
     head.kill()
     assert status == 0, text
-    assert text.count("submission_id=") == 1, text  # nothing of the stranger's
+    assert text.count("submission_id='") == 1, text  # nothing of the stranger's
     assert not Path(f"{out}-stranger").exists()
