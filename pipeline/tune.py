@@ -331,6 +331,8 @@ def train_trial(config: Mapping[str, Any], job: Job) -> None:
                 seed_values.append(_values(path, job.objectives))
                 if index == 0:
                     answer["picture"] = _picture(one, folder, picture_of(number))
+        except (claim.HeldError, claim.LostError) as error:  # says nothing of the settings: try again
+            raise ChildProcessError(str(error)) from error
         except OWN_ERRORS as error:
             answer["failed"] = " ".join(str(error).split())
         except OSError as error:

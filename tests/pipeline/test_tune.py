@@ -328,6 +328,17 @@ def test_a_trial_waits_for_a_process_that_still_trains_it(tmp_path, monkeypatch)
         assert os.listdir(folder) == [".claim-00000001"]
 
 
+@pytest.mark.parametrize("error", [claim.HeldError, claim.LostError])
+def test_a_trial_whose_folder_another_has_is_tried_again_and_has_not_failed(tmp_path, reports, monkeypatch, error):
+    def train(*_: Any) -> None:
+        raise error("the folder is in use by train, process 7")
+
+    monkeypatch.setattr(tune, "_train", train)
+    with pytest.raises(ChildProcessError, match="in use by train, process 7"):
+        tune.train_trial({"number": 0, "settings": "{}"}, job(tmp_path))
+    assert reports == []
+
+
 def test_a_picture_that_cannot_be_drawn_costs_no_trial(tmp_path, reports, monkeypatch):
     from pipeline import evaluate
 
