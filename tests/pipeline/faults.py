@@ -247,6 +247,8 @@ class Count:
     injected: int = 0
     survived: int = 0
     wrong: int = 0
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    """From a fault to the moment at which the work went on, where that is measured."""
 
 
 class WrongError(Exception):

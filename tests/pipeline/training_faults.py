@@ -29,7 +29,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from faults import FRAMES, SIZE, ToyConfig, shard_run, without_ray
+from faults import FRAMES, SIZE, Count, ToyConfig, shard_run, without_ray
 from torch import nn
 
 from pipeline import checkpoint, failpoints, loop, shard, stop, store
@@ -42,14 +42,6 @@ STALL_SECONDS, PATIENT_SECONDS = 4.0, 60.0
 LIVES = 12
 SLOW = 0.02
 """Seconds of a step beside its work, so that what comes from outside meets a run in the middle."""
-
-
-@dataclasses.dataclass
-class Count:
-    injected: int = 0
-    survived: int = 0
-    wrong: int = 0
-    seconds: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass

@@ -1,10 +1,15 @@
 """Training over two hosts: the same as on one, also when a host dies or is cut off in the middle."""
 
+import contextlib
+import dataclasses
+import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,8 @@ WAIT = 240.0
 """Seconds within which anything must happen on a machine that is busy; a quiet one needs a tenth."""
 NOTICED = 60.0
 """Seconds within which the head must give up a node that it cannot reach; a third of it by the settings of the room."""
+NEWS = 6.0
+"""Seconds after which every worker has heard that a node is taken away: Ray asks every 2 s, and so do the workers."""
 # The batch falls into the same micro-batches, so with the same noise, on one worker and on two.
 SETTINGS = {
     "optim.batch_size": 4,
@@ -64,27 +71,60 @@ def assert_equal(out: Path, undisturbed: Path) -> None:
     assert curve(out) == curve(undisturbed)
 
 
-def wait_for_step(program: subprocess.Popen[bytes], out: Path, step: int, log: Path) -> None:
-    end = time.monotonic() + WAIT
-    while (checkpoint.last_step(str(out)) or 0) < step:
-        assert program.poll() is None, log.read_text()
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.05)
+@dataclasses.dataclass
+class Training:
+    """A job that trains over both hosts of a room."""
+
+    room: Any
+    out: Path
+    log: Path
+    program: subprocess.Popen[bytes]
+
+    @classmethod
+    def start(cls, room: Any, name: str, repository: Path, *more: str) -> "Training":
+        out, log = room.shared / name, room.shared / f"{name}.log"
+        words = [*words_of(repository, out), *more]
+        return cls(room, out, log, room.hosts[0].start(*words, log=log, RAY_ADDRESS=room.ray))
+
+    @property
+    def step(self) -> int:
+        """The step of its last checkpoint; 0 before the first."""
+        return checkpoint.last_step(str(self.out)) or 0
+
+    def wait_for(self, step: int) -> None:
+        """Wait until a step is saved."""
+        end = time.monotonic() + WAIT
+        while self.step < step:
+            assert self.program.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.05)
+
+    def finish(self) -> None:
+        """Wait for its end, which must be a good one."""
+        status, text = self.room.finish(self.program, self.log, WAIT)
+        assert status == 0, text
+
+
+@contextlib.contextmanager
+def disturbed(room: Any, name: str, repository: Path, undisturbed: Path, count: Any, *more: str) -> Iterator[Training]:
+    """A training to disturb within the block, which must end as if nobody had."""
+    run = Training.start(room, name, repository, *more)
+    yield run
+    run.finish()
+    count.wrong += curve(run.out) != curve(undisturbed)
+    assert_equal(run.out, undisturbed)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_of_two: Any, repository: Path) -> Path:
     """The run over two hosts that nothing happens to."""
     ray_of_two.wait_for_nodes(2)
-    head, out = ray_of_two.hosts[0], ray_of_two.shared / "undisturbed"
-    log = ray_of_two.shared / "undisturbed.log"
-    program = head.start(*words_of(repository, out), log=log, RAY_ADDRESS=ray_of_two.ray)
-    wait_for_step(program, out, EVERY, log)
+    run = Training.start(ray_of_two, "undisturbed", repository)
+    run.wait_for(EVERY)
     where = {host.name: len(host.processes("RayTrainWorker")) for host in ray_of_two.hosts}
     assert where == {"head": 1, "second": 1}
-    status, text = ray_of_two.finish(program, log, WAIT)
-    assert status == 0, text
-    return out
+    run.finish()
+    return run.out
 
 
 def test_two_hosts_learn_what_one_does(undisturbed: Path, tmp_path: Path) -> None:
@@ -111,64 +151,78 @@ def test_two_hosts_learn_to_the_bit_what_two_workers_of_one_do(room: Any, undist
 def test_killed_raylet_is_replaced_and_training_ends_as_if_nothing_had_happened(
     cluster: Any, undisturbed: Path, repository: Path, fault: Callable[[str], Any], chance: random.Random
 ) -> None:
-    head, second = cluster.hosts[:2]
-    count = fault("kill -9 of a raylet")
-    out, log = cluster.shared / "killed", cluster.shared / "killed.log"
-    program = head.start(*words_of(repository, out), log=log, RAY_ADDRESS=cluster.ray)
-    for text, after in (("raylet/raylet", EVERY), ("", STEPS // 2)):  # the raylet alone, and all that the host ran
-        wait_for_step(program, out, after + EVERY * chance.randrange(2), log)
-        before = checkpoint.last_step(str(out))
-        assert before is not None
-        assert second.kill(text) > 0
-        count.injected += 1
-        killed = time.monotonic()
-        cluster.join(second, 2)
-        wait_for_step(program, out, before + EVERY, log)
-        count.recovered(time.monotonic() - killed)
-    status, text = cluster.finish(program, log, WAIT)
-    assert status == 0, text
-    count.wrong += curve(out) != curve(undisturbed)
-    assert_equal(out, undisturbed)
+    second, count = cluster.hosts[1], fault("kill -9 of a raylet")
+    with disturbed(cluster, "killed", repository, undisturbed, count) as run:
+        for text, after in (("raylet/raylet", EVERY), ("", STEPS // 2)):  # the raylet alone, and all that the host ran
+            run.wait_for(after + EVERY * chance.randrange(2))
+            before = run.step
+            assert second.kill(text) > 0
+            count.injected += 1
+            killed = time.monotonic()
+            cluster.join(second, 2)
+            run.wait_for(before + EVERY)
+            count.recovered(time.monotonic() - killed)
 
 
 def test_lost_network_is_noticed_and_training_goes_on_when_it_is_back(
     cluster: Any, undisturbed: Path, repository: Path, fault: Callable[[str], Any], chance: random.Random
 ) -> None:
-    head, second = cluster.hosts[:2]
-    count = fault("lost network between nodes")
-    out, log = cluster.shared / "cut", cluster.shared / "cut.log"
-    words = [*words_of(repository, out), "--stall-seconds=60"]
-    program = head.start(*words, log=log, RAY_ADDRESS=cluster.ray)
+    second, count = cluster.hosts[1], fault("lost network between nodes")
+    with disturbed(cluster, "cut", repository, undisturbed, count, "--stall-seconds=60") as run:
+        run.wait_for(EVERY)
+        cluster.plug(second, False)  # for so short a time that nobody is given up
+        time.sleep(chance.uniform(0.5, 2.0))
+        cluster.plug(second, True)
+        count.injected += 1
+        plugged = time.monotonic()
+        run.wait_for(2 * EVERY)
+        count.recovered(time.monotonic() - plugged)
 
-    wait_for_step(program, out, EVERY, log)
-    cluster.plug(second, False)  # for so short a time that nobody is given up
-    time.sleep(chance.uniform(0.5, 2.0))
-    cluster.plug(second, True)
-    count.injected += 1
-    plugged = time.monotonic()
-    wait_for_step(program, out, 2 * EVERY, log)
-    count.recovered(time.monotonic() - plugged)
+        before = run.step
+        cluster.plug(second, False)
+        cut = time.monotonic()
+        count.injected += 1
+        cluster.wait_for_nodes(1)
+        noticed = time.monotonic() - cut
+        assert noticed < NOTICED, noticed
+        cluster.plug(second, True)
+        # A node that was given up ends itself as soon as it hears of that; an operator's service starts it again.
+        end = time.monotonic() + WAIT
+        while second.processes("raylet/raylet"):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        second.kill()
+        cluster.join(second, 2)
+        run.wait_for(before + EVERY)
+        count.recovered(time.monotonic() - cut)
 
-    before = checkpoint.last_step(str(out))
-    assert before is not None
-    cluster.plug(second, False)
-    cut = time.monotonic()
-    count.injected += 1
-    cluster.wait_for_nodes(1)
-    noticed = time.monotonic() - cut
-    assert noticed < NOTICED, noticed
-    cluster.plug(second, True)
-    # A node that was given up ends itself as soon as it hears of that; an operator's service starts it again.
-    end = time.monotonic() + WAIT
-    while second.processes("raylet/raylet"):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    second.kill()
-    cluster.join(second, 2)
-    wait_for_step(program, out, before + EVERY, log)
-    count.recovered(time.monotonic() - cut)
 
-    status, text = cluster.finish(program, log, WAIT)
-    assert status == 0, text
-    count.wrong += curve(out) != curve(undisturbed)
-    assert_equal(out, undisturbed)
+def test_host_that_is_taken_away_with_notice_is_left_with_the_step_saved(
+    cluster: Any, undisturbed: Path, repository: Path, fault: Callable[[str], Any]
+) -> None:
+    """What a spot node's notice comes to: Ray is told to drain the node, which then goes."""
+    second, count = cluster.hosts[1], fault("node that is drained (spot)")
+    notice = ["drain-node", f"--address={cluster.ray}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+    notice += ["--reason-message=spot", "--deadline-remaining-seconds=60"]
+    with disturbed(cluster, "drained", repository, undisturbed, count) as run:
+        run.wait_for(EVERY)
+        (worker,) = second.processes("RayTrainWorker")
+        os.kill(worker, signal.SIGSTOP)  # so that the run is not over before the news is there
+        status, text = second.run(str(Path(sys.executable).parent / "ray"), *notice, log=cluster.shared / "notice.log")
+        assert status == 0, text
+        count.injected += 1
+        time.sleep(NEWS)
+        os.kill(worker, signal.SIGCONT)
+        told = re.compile(r"a node is being taken away; going on from step (\d+) once 2 workers have a place")
+        end = time.monotonic() + WAIT
+        while not (found := told.search(run.log.read_text())):
+            assert run.program.poll() is None, run.log.read_text()
+            assert time.monotonic() < end, run.log.read_text()
+            time.sleep(0.05)
+        left = time.monotonic()
+        assert int(found[1]) == run.step == curve(run.out)[-1]["step"]  # the step that it was at: none is repeated
+        second.kill()
+        cluster.join(second, 2)
+        run.wait_for(run.step + 1)
+        count.recovered(time.monotonic() - left)
+    assert "starting again from the last checkpoint" not in run.log.read_text()
