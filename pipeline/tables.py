@@ -296,9 +296,12 @@ def provenance_of(schema: pa.Schema, path: str = "this table") -> tuple[Table, P
         description = store.loads(text)
         if description["schema"] != SCHEMA_VERSION:
             raise ValueError(f"it has table schema {description['schema']}, this version reads {SCHEMA_VERSION}")
-        for shape in description.get("shapes", {}).values():
+        for name, shape in description.get("shapes", {}).items():
             if not all(type(length) is int and length > 0 for length in shape):
                 raise ValueError(f"a shape {shape}")
+            size = getattr(schema.field(name).type, "list_size", 1) if name in schema.names else math.prod(shape)
+            if size != math.prod(shape):
+                raise ValueError(f"a shape {shape} of {name}, which has {size} numbers")
         names = [f.name for f in dataclasses.fields(Provenance) if f.name in description]  # an earlier one has fewer
         return description["table"], Provenance(**{name: description[name] for name in names})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -312,6 +315,8 @@ def check_part(schema: pa.Schema, table: Table, manifest: Mapping[str, Any], pat
         ValueError: it is of another table, model, dataset or setting: it was put there from another folder.
     """
     found, provenance = provenance_of(schema, path)
+    if "clip" not in schema.names:
+        raise ValueError(f"{path} has no column clip: it was not written by jobs/extract.py")
     for name in {*OBJECT_KEY, "source_frame"} & set(schema.names):
         type_ = schema.field(name).type
         type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
@@ -393,6 +398,8 @@ def read_parts(folder: str, table: Table, columns: Sequence[str] | None = None) 
         if rows.num_rows != part[table]["rows"]:
             raise ValueError(f"{path} has {rows.num_rows} rows, its manifest says {part[table]['rows']}")
         check_part(rows.schema, table, manifest, path)
+        if rows.column("clip").null_count:
+            raise ValueError(f"{path} has rows without a clip: it was not written by jobs/extract.py")
         for clip in rows.column("clip").unique().to_pylist():
             if clip in part_of:
                 raise ValueError(f"{path} has rows of clip {clip}, and so has part {part_of[clip]}; extract again")

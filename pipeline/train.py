@@ -106,6 +106,7 @@ def _fit(run: TrainRun, held: claim.Claim, use_gpu: bool, gpus: float) -> None:
     scratch = store.join(run.out, ".ray")
     store.remove_tree(scratch)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     # For a worker that is stopped as a whole, whose own watchdog stands still, too.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(run.stall_seconds)

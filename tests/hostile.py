@@ -227,6 +227,10 @@ TABLES = {
     "parts that are no list": files.part(parts=3),
     "parts without tables": files.part(parts=[{"name": "shard-00000"}]),
 }
+NUMBERS = {name: files.part(change) for name, change in files.NUMBERS.items()}
+ROWS = dict.fromkeys(("export rows", "read_objects"), DONE)
+"""Readers that pass rows on as they are."""
+STATES = {**files.STATES, **files.STATE_MODELS}
 CASES = [
     *SOURCES,
     *URLS,
@@ -240,19 +244,26 @@ CASES = [
     *cases("weights", EXTRACT + "{case}/run --data {data}", in_checkpoint("model.safetensors", files.WEIGHTS)),
     *cases("optimiser", RESUME, in_checkpoint("optimizer.safetensors", files.WEIGHTS), quick=False),
     *cases("perceptual weights", PERCEPTUAL, in_file("w.safetensors", files.WEIGHTS), quick=False),
-    *cases("state", EXTRACT + "{case}/run --data {data}", in_checkpoint("state.json", files.STATES)),
+    *cases("state", EXTRACT + "{case}/run --data {data}", in_checkpoint("state.json", STATES)),
     *cases("resumed state", RESUME, in_checkpoint("state.json", files.STATES), quick=False),
+    # The run's own config.json counts.
+    *cases("resumed state", RESUME, in_checkpoint("state.json", files.STATE_MODELS), EITHER, quick=False),
     *cases("last.json", EXTRACT + "{case}/run --data {data}", {n: files.last(checkpoint=v) for n, v in STEPS.items()}),
     *cases("evaluate", EVALUATE + "{case}/run --data {data}", in_checkpoint("model.safetensors", files.FOREIGN)),
     *cases("what_if", WHAT_IF + "{case}/run", in_checkpoint("model.safetensors", files.FOREIGN)),
     *cases("init", TRAIN + "{data} --init {case}/run", in_checkpoint("model.safetensors", files.FOREIGN)),
     *cases("verify", "verify.py {case}/run", in_checkpoint("model.safetensors", files.WEIGHTS), quick=False),
-    *cases("verify state", "verify.py {case}/run", in_checkpoint("state.json", files.STATES), quick=False),
+    *cases("verify state", "verify.py {case}/run", in_checkpoint("state.json", STATES), quick=False),
     *cases("config", CONFIG + "run/config.json", STRANGE_CONFIGS),
     *cases("config", CONFIG + "c.json", in_file("c.json", files.TEXTS)),
     *cases("edits", EDITS, in_file("edits.json", {**files.TEXTS, **files.EDITS})),
     *cases("questions", QUESTIONS, in_file("q.json", files.QUESTIONS)),
     *[case for name, line in READERS.items() for case in cases(name, line, TABLES, quick=name == "iter_clips")],
+    *[
+        case
+        for name, line in READERS.items()
+        for case in cases(name, line, NUMBERS, ROWS.get(name, REFUSED), quick=False)
+    ],
     *cases("iter_clips", READERS["iter_clips"], {"pickled metadata": files.part(files.pickled_parquet)}, DONE),
     *cases("sweep", SWEEP, {"a good one": files.copied_sweep}, DONE, s3=False),
     *cases("sweep", SWEEP, files.STUDIES, s3=False),

@@ -869,11 +869,13 @@ STATES: dict[str, Bytes] = {
     "a list": lambda w: b"[]",
     "another family": lambda w: state(w, family="os.system"),
     "a family that is no name": lambda w: state(w, family=["ddlp"]),
+    "a huge string": lambda w: state(w, family="f" * 10_000_000),
+}
+STATE_MODELS: dict[str, Bytes] = {
     "a model of terabytes": lambda w: model_settings(w, pint_dim=1 << 24),
     "a model of 2^60 particles": lambda w: model_settings(w, num_particles=1 << 60),
     "a model of words": lambda w: model_settings(w, num_particles="__import__('os')"),
     "a model of other types": lambda w: model_settings(w, num_particles={"a": 1}, pint_dim=[1]),
-    "a huge string": lambda w: state(w, family="f" * 10_000_000),
 }
 TEXTS: dict[str, Bytes | bytes | str] = {
     "deep": DEEP,
@@ -944,13 +946,15 @@ PARTS: dict[str, Callable[[World, pa.Table], bytes]] = {
     "nulls in the key": lambda w, t: bytes_table(
         t.set_column(0, "clip", pa.nulls(t.num_rows, pa.string())).replace_schema_metadata(t.schema.metadata)
     ),
+    "no rows": lambda w, t: bytes_table(t.slice(0, 0)),
+    "gigabytes of one row": repeated,
+}
+NUMBERS: dict[str, Callable[[World, pa.Table], bytes]] = {
     "huge frame numbers": lambda w, t: bytes_table(
         t.set_column(
             t.schema.get_field_index("frame"), "frame", pa.array(np.full(t.num_rows, 2**31 - 1, np.int32))
         ).replace_schema_metadata(t.schema.metadata)
     ),
-    "no rows": lambda w, t: bytes_table(t.slice(0, 0)),
-    "gigabytes of one row": repeated,
 }
 
 

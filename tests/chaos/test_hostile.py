@@ -55,12 +55,13 @@ def test_rays_workers_refuse_it_too(
         ("arrays", "npy", hostile.files.arrays, hostile.files.ARRAYS),
     ):
         expected = {source: code for source, code in all_of_them.items() if remote.storable(source)}
-        (tmp_path / name).mkdir()
-        make(world, tmp_path / name)
+        folder = tmp_path / "hostile" / name
+        folder.mkdir(parents=True)
+        make(world, folder)
         out = f"{s3_folder}/{name}-out"
         settings: dict[str, Any] = {"layout": layout, **({"start": 0, "stop": 6} if layout == "npy" else {})}
         run = ShardRun(
-            remote.put(tmp_path / name, name) + "/source", out, frames=5, size=16, max_quarantined=1.0,
+            remote.put(folder, name) + "/source", out, frames=5, size=16, max_quarantined=1.0,
             max_memory_gb=0.5, workers=2, **settings,
         )  # fmt: skip
         shard(run)
