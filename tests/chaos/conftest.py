@@ -46,7 +46,24 @@ class Count:
 
 
 SEED = int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(10**6))
+os.environ["CHAOS_SEED"] = str(SEED)  # for the processes that share the tests
 _COUNTS: dict[str, Count] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["faults"] = {name: dataclasses.asdict(count) for name, count in _COUNTS.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what one of several processes counted."""
+    for name, fields in getattr(node, "workeroutput", {}).get("faults", {}).items():
+        count, more = _COUNTS.setdefault(name, Count()), Count(**fields)
+        count.injected += more.injected
+        count.survived += more.survived
+        count.wrong += more.wrong
+        count.seconds += more.seconds
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

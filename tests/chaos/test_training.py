@@ -96,7 +96,7 @@ def workers(process: int) -> list[int]:
 @pytest.mark.chaos
 def test_workers_without_ray(fault: Callable[[str], Any], chance: random.Random, tmp_path: Path) -> None:
     answer = tmp_path / "counts.json"
-    words = ["--times", "6", "--seed", str(chance.randrange(10**6)), "--folder", str(tmp_path), "--json", str(answer)]
+    words = ["--times", "3", "--seed", str(chance.randrange(10**6)), "--folder", str(tmp_path), "--json", str(answer)]
     done = subprocess.run([sys.executable, str(PROGRAM), *words], stdout=subprocess.PIPE, text=True, check=False)
     for name, found in json.loads(answer.read_text()).items():
         count = fault(name)
