@@ -763,7 +763,7 @@ class Progress:
             said.measure(**{name: v for name, v in line.items() if isinstance(v, float) and name not in hidden})
             said.add(line["step"] - said.done, seconds=seconds, tell=False, retries=line.get("retries", 0))
             rate, left = line["steps_per_second"], status.duration(said.left)
-            text += f"  {retries} retries" if (retries := said.counts["retries"]) else ""
+            text += f"  {retries:.0f} retries" if (retries := said.counts["retries"]) else ""
             said.show(f"step {line['step']}/{said.total}  {text}  {rate:.2f} steps/s  {left} left")
 
     def restarted(self, why: str) -> None:

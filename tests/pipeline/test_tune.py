@@ -95,7 +95,9 @@ def dashboard(out: Path, path: str) -> Any:
     return json.loads(body)
 
 
-@pytest.mark.parametrize("all_of_it", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "all_of_it", [pytest.param(False, marks=pytest.mark.chaos), pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_a_sweep_survives_its_trials_its_driver_and_ray(tmp_path, repository, all_of_it):
     """Trial 1 dies once and goes on, and the driver is killed; all of it: then Ray, and the last trial too often."""
     out, counts = tmp_path / "sweep", tmp_path / "counts"
