@@ -315,8 +315,11 @@ def check_open_cluster(case: Case) -> Iterator[Finding]:
     if all(map(machine.is_loopback, addresses | {head})):
         yield Finding("ok", "open cluster", f"the cluster listens on {head} only, so that no other machine reaches it")
         return
-    dashboard = _host_and_port(ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url or "")[1]
-    doors = {"control store": (head, port), "dashboard": (head, dashboard)}
+    doors = {"control store": (head, port)}
+    # One that listens on the head's loopback interface, as cluster.yaml has it, is open to nobody from elsewhere.
+    dashboard = _host_and_port(ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url or "")
+    if not machine.is_loopback(dashboard[0]):
+        doors["dashboard"] = dashboard
     answers = {f"{what} at {host}:{port}": _is_open(what, host, port) for what, (host, port) in doors.items()}
     opened = [door for door, answer in answers.items() if answer]
     silent = [door for door, answer in answers.items() if answer is None]

@@ -316,7 +316,10 @@ class _Training:
         self._open_stage()
         family = families.family_of(self.part.model)
         if saved is not None and saved.state.get("family") != family:
-            raise ValueError(f"{saved.path} is of family {saved.state.get('family')}, the run in {run.out} of {family}")
+            raise ValueError(
+                f"{saved.path} is of family {saved.state.get('family')}, the run in {run.out} of {family}; restore the "
+                "checkpoint, or choose another --out"
+            )
         config = store.read_json(store.join(run.out, "config.json"))
         now = saved.step if saved is not None else 0
         self.forced = [text for entry in config.get(_FORCED, ()) if entry["step"] == now for text in entry["changes"]]

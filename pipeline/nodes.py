@@ -55,7 +55,8 @@ def _folder_faults(out: str, read: Sequence[str]) -> Iterator[str]:
         finally:
             store.remove(probe)
     except Exception as error:  # of any type: object storage has its own
-        yield f"cannot write {folder} ({trial.one_line(error)}): {credentials if store.is_url(out) else remedy}"
+        place = folder if folder == out else f"{folder}, for {out}"
+        yield f"cannot write {place} ({trial.one_line(error)}): {credentials if store.is_url(out) else remedy}"
     for path in read:
         try:
             if store.is_url(path):
@@ -63,7 +64,7 @@ def _folder_faults(out: str, read: Sequence[str]) -> Iterator[str]:
             elif os.path.isdir(path):
                 os.listdir(path)
             else:
-                open(path, "rb").close()
+                store.open_local(path).close()
         except Exception as error:
             yield f"cannot read {path} ({trial.one_line(error)}): {credentials if store.is_url(path) else remedy}"
 

@@ -210,52 +210,53 @@ def measure(models: Sequence[Model], source: Source, run: EvaluateRun, device: t
     parts: dict[str, list[tuple[int, segments.Scores]]] = {name: [] for name in ("", *(m.name for m in models))}
     vectors: dict[str, list[Vectors]] = {model.name: [] for model in models}
     empty = 0
-    progress = status.Status("protocol", total, "clips", split=source.split)
-    for clips in batches(windows(iter_clips(source, total, truth=truth)), run.batch_size):
-        for clip in clips:
-            if clip.key not in numbers:
-                numbers[clip.key] = len(numbers)
-                videos.append(clip.source)
-            window_clip.append(numbers[clip.key])
-            if reason := unusable_for_probe(clip):
-                unusable.setdefault(clip.key, f"{clip.key}: {reason}")
-            if "segmentation" in clip.truth:
-                empty += int((~segmentation.has_foreground(clip.truth["segmentation"][None], per="frame")).sum())
-        usable = [i for i, clip in enumerate(clips) if not unusable_for_probe(clip)]
-        probed |= {numbers[clips[i].key] for i in usable}
-        video = to_model_input(collate(clips), device)
-        last = video[:, CONTEXT - 1 : CONTEXT].expand(-1, HORIZON, -1, -1, -1)
-        parts[""].append((len(clips), {"copy_last_mse": _mse(last, video[:, CONTEXT:])}))
-        pictures: dict[str, np.ndarray] = {}
-        for model in models:
-            with torch.no_grad():
-                latents = model.loaded.model.encode(video, **stack_truth(clips, model.family.inputs, device))
-                made = segments.render(model.loaded.model, latents, masks=True)
-                ahead = _future(model, clips, video, latents)
-            assert made.segments is not None
-            scores = {"mse": _mse(made.video, video)} | {
-                f"{name}_mse": _mse(frames, video[:, CONTEXT:]) for name, frames in ahead.items()
-            }
-            if segments.has_truth(clips):
-                of_masks = segments.recon_scores(clips, made.segments, segments.frame_scores)
-                scores |= {name: of_masks[name] for name in ("ari", "fg_ari")}
-                if model is models[0]:
-                    parts[""][-1][1].update({name: of_masks[name] for name in of_masks if name not in scores})
-            parts[model.name].append((len(clips), scores))
-            if usable and can_be_probed(latents):
-                vectors[model.name].append(pair_vectors(clips, usable, numbers, latents, made))
-            if len(drawn) < run.report_clips:
-                pictures[f"{model.name} reconstruction"] = to_frames(torch.nan_to_num(made.video))
-                pictures[f"{model.name} masks"] = _tinted(made)
-                if "predicted" in ahead:
-                    future = torch.cat([torch.ones_like(video[:, :CONTEXT]), ahead["predicted"]], dim=1)
-                    pictures[f"{model.name} prediction"] = to_frames(torch.nan_to_num(future))
-        for i, clip in enumerate(clips):
-            if len(drawn) < run.report_clips and clip.key not in {each.key for each in drawn}:
-                rows = {"truth": figures.upscale(clip.frames, 1)} | {name: rows[i] for name, rows in pictures.items()}
-                drawn.append(Drawn(clip.key, clip.start_frame, rows))
-        progress.add(len(numbers) - progress.done, windows=len(clips))
-    progress.close()
+    with status.Status("protocol", total, "clips", split=source.split) as progress:
+        for clips in batches(windows(iter_clips(source, total, truth=truth)), run.batch_size):
+            for clip in clips:
+                if clip.key not in numbers:
+                    numbers[clip.key] = len(numbers)
+                    videos.append(clip.source)
+                window_clip.append(numbers[clip.key])
+                if reason := unusable_for_probe(clip):
+                    unusable.setdefault(clip.key, f"{clip.key}: {reason}")
+                if "segmentation" in clip.truth:
+                    empty += int((~segmentation.has_foreground(clip.truth["segmentation"][None], per="frame")).sum())
+            usable = [i for i, clip in enumerate(clips) if not unusable_for_probe(clip)]
+            probed |= {numbers[clips[i].key] for i in usable}
+            video = to_model_input(collate(clips), device)
+            last = video[:, CONTEXT - 1 : CONTEXT].expand(-1, HORIZON, -1, -1, -1)
+            parts[""].append((len(clips), {"copy_last_mse": _mse(last, video[:, CONTEXT:])}))
+            pictures: dict[str, np.ndarray] = {}
+            for model in models:
+                with torch.no_grad():
+                    latents = model.loaded.model.encode(video, **stack_truth(clips, model.family.inputs, device))
+                    made = segments.render(model.loaded.model, latents, masks=True)
+                    ahead = _future(model, clips, video, latents)
+                assert made.segments is not None
+                scores = {"mse": _mse(made.video, video)} | {
+                    f"{name}_mse": _mse(frames, video[:, CONTEXT:]) for name, frames in ahead.items()
+                }
+                if segments.has_truth(clips):
+                    of_masks = segments.recon_scores(clips, made.segments, segments.frame_scores)
+                    scores |= {name: of_masks[name] for name in ("ari", "fg_ari")}
+                    if model is models[0]:
+                        parts[""][-1][1].update({name: of_masks[name] for name in of_masks if name not in scores})
+                parts[model.name].append((len(clips), scores))
+                if usable and can_be_probed(latents):
+                    vectors[model.name].append(pair_vectors(clips, usable, numbers, latents, made))
+                if len(drawn) < run.report_clips:
+                    pictures[f"{model.name} reconstruction"] = to_frames(torch.nan_to_num(made.video))
+                    pictures[f"{model.name} masks"] = _tinted(made)
+                    if "predicted" in ahead:
+                        future = torch.cat([torch.ones_like(video[:, :CONTEXT]), ahead["predicted"]], dim=1)
+                        pictures[f"{model.name} prediction"] = to_frames(torch.nan_to_num(future))
+            for i, clip in enumerate(clips):
+                if len(drawn) < run.report_clips and clip.key not in {each.key for each in drawn}:
+                    rows = {"truth": figures.upscale(clip.frames, 1)} | {
+                        name: rows[i] for name, rows in pictures.items()
+                    }
+                    drawn.append(Drawn(clip.key, clip.start_frame, rows))
+            progress.add(len(numbers) - progress.done, windows=len(clips))
     if not numbers:
         raise ValueError(f"split {source.split!r} of {source.id} has no clips; there is nothing to evaluate")
     return Found(

@@ -810,6 +810,8 @@ def items_per_task(items: int, cpus: int) -> int:
 def _counts(result: str, seconds: float, retries_before: int) -> dict[str, Any]:
     """What the status line is told of a task's result, in the process that made it."""
     answer = json.loads(result) if result[:1] == "{" else {}
+    if isinstance(inner := answer.get("result"), str):  # of a process of its own
+        answer = json.loads(inner) if inner[:1] == "{" else {}
     counts = {
         "quarantined": len(answer.get("quarantined") or answer.get("faults") or ()) + ("fault" in answer),
         "retries": status.earlier_attempts() + store.retries() - retries_before,

@@ -93,6 +93,7 @@ class Status:
         self._begin = time.monotonic()
         self._next = self._begin + (TERMINAL_SECONDS if self._bar else LOG_SECONDS)
         self._export_at = self._begin + EXPORT_SECONDS
+        self._record_at = self._begin + LOG_SECONDS
         self._lock = threading.RLock()
         self._said = False
         self._drawn = ""
@@ -140,10 +141,12 @@ class Status:
             self._next = now + (TERMINAL_SECONDS if self._bar else max(LOG_SECONDS, (now - self._begin) / LOG_LINES))
             if self._bar:
                 self._draw(text)
-                return
-            self._said = True
-            print(text, file=self._file, flush=True)
-            self._record("running")
+            else:
+                self._said = True
+                print(text, file=self._file, flush=True)
+            if not self._bar or now >= self._record_at:
+                self._record_at = now + max(LOG_SECONDS, (now - self._begin) / LOG_LINES)
+                self._record("running")
 
     def say(self, text: str) -> None:
         """Print a line that stays, beside the status line."""

@@ -278,7 +278,7 @@ def open_local(path: str) -> BinaryIO:
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, "a pipe, a socket or a device and no file", path)
+        raise OSError(errno.EINVAL, "a pipe, a socket, a device or a folder; give a regular file", path)
     return file
 
 

@@ -26,7 +26,7 @@ TRIALS = 20
 """Trials of a sweep that does not say how many."""
 LEAST_FOR_IMPORTANCE = 8
 """Complete trials below which no importance is told."""
-PLAN, WANTED, OUT, CODE = "plan", "wanted", "out", "code"
+PLAN, WANTED, OUT, CODE, FORCED = "plan", "wanted", "out", "code", "forced"
 """Attributes of the study: what must not change on a resume, how many trials are wanted, the sweep's folder, and
 digests of the code that trains."""
 PATHS = (
@@ -124,6 +124,8 @@ class SweepStudy:
     def __init__(self, study: "optuna.Study", space: Space, objectives: Sequence[Objective]) -> None:
         self._study, self._space, self._objectives = study, space, objectives
         self._live: dict[int, optuna.Trial] = {}
+        self.forced = False
+        """Whether the code ever changed by force: trials that were interrupted before have the earlier one."""
 
     @classmethod
     def open(
@@ -200,11 +202,15 @@ class SweepStudy:
             ValueError: without ``force``, naming the files that differ.
         """
         before = self._study.user_attrs.get(CODE, digests)
+        self.forced = self._study.user_attrs.get(FORCED, False)
         if (files := sorted(name for name in before | digests if before.get(name) != digests.get(name))) and not force:
             raise ValueError(
                 f"the sweep was begun with other code ({', '.join(files)}); bring it back, or add --force to go on "
                 "with this one"
             )
+        if files and not self.forced:
+            self._study.set_user_attr(FORCED, True)
+            self.forced = True
         self._study.set_user_attr(CODE, dict(digests))
 
     @property

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ from pipeline.config import TrainRun
 
 MAX_RESTARTS = 3
 """Times that the group of workers is started again, after one of them died, without a new checkpoint between."""
+FREED_SECONDS = 1.0
+"""Within which Ray counts what workers that have ended held as free again."""
 FOLLOW_SECONDS = 1.0
 """How often the driver looks for new lines of metrics in a local run folder."""
 Show = Callable[[dict[str, Any]], None]
@@ -152,10 +155,18 @@ def _say_what_is_missing(wanted: dict[str, float]) -> None:
     """Tell what of some resources the cluster does not have now: Ray waits for it without end or word."""
     import ray
 
-    there = ray.cluster_resources()
+    if all(ray.available_resources().get(name, 0) >= count for name, count in wanted.items()):
+        return
+    time.sleep(FREED_SECONDS)
+    there, free = ray.cluster_resources(), ray.available_resources()
     for name, count in wanted.items():
-        if (slots := there.get(name, 0)) < count:
-            print(f"waiting for {count:g} {name} slots; the cluster has {slots:g} now", file=sys.stderr, flush=True)
+        if free.get(name, 0) < count:
+            print(
+                f"waiting for {count:g} {name} slots; the cluster has {there.get(name, 0):g} now, of which "
+                f"{free.get(name, 0):g} are free: add nodes, wait for other jobs, or start with fewer --workers",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -201,11 +212,13 @@ def _follow(run: TrainRun, show: Show | None = None) -> Iterator[loop.Progress]:
         done = False
         while not done:
             done = stop.wait(pause)
-            with contextlib.suppress(OSError):  # the next look reads it
-                for line in lines.new():
-                    progress.show(line)
-                    if show is not None:
-                        show(line)
+            new: list[dict[str, Any]] = []
+            with contextlib.suppress(OSError, ValueError):  # the next look reads it
+                new = lines.new()
+            for line in new:
+                progress.show(line)
+                if show is not None:
+                    show(line)
 
     with loop.progress_of(run) as progress:
         lines = _Lines(run.out)

@@ -111,7 +111,8 @@ def sweep(run: SweepRun) -> str:
         if study.missing:
             try:
                 of_ray_train = run.separate or run.workers > 1
-                job = Job(dataclasses.replace(base, force=run.force), out, objectives, run.seeds, of_ray_train)
+                forced = run.force or study.forced
+                job = Job(dataclasses.replace(base, force=forced), out, objectives, run.seeds, of_ray_train)
                 _run_trials(run, study, job, held)
             except BaseException:
                 with contextlib.suppress(Exception):  # what stopped the sweep is what the user must hear of
@@ -323,7 +324,9 @@ def train_trial(config: Mapping[str, Any], job: Job) -> None:
             for index in range(job.seeds):
                 path = store.join(folder, f"seed-{index}")
                 resume = store.exists(store.join(path, "config.json"))
-                one = dataclasses.replace(run, out=path, seed=run.seed + index, resume=resume)
+                one = dataclasses.replace(
+                    run, out=path, seed=run.seed + index, resume=resume, force=run.force and resume
+                )
                 try:
                     _train(one, job, _reporter(one, job.objectives[0].name) if index == 0 else _silent)
                 finally:

@@ -20,6 +20,7 @@ from pipeline import checkpoint, failpoints, loop, stop, store, train
 from pipeline.config import TrainRun, with_overrides
 from pipeline.presets import PRESETS
 from pipeline.quickstart import write_videos
+from tests.chaos.processes import below, processes
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = REPOSITORY / "tests" / "pipeline" / "training_faults.py"
@@ -68,25 +69,6 @@ def wait_for(what: Callable[[], Any], driver: "Driver | None" = None) -> Any:
             raise ChildProcessError(f"the driver ended: {driver.end()}")
         time.sleep(0.02)
     raise TimeoutError("it did not happen")
-
-
-def processes() -> dict[int, tuple[int, bytes]]:
-    """Parent and command line of every process."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                found[int(entry.name)] = parent, (entry / "cmdline").read_bytes()
-    return found
-
-
-def below(process: int) -> dict[int, bytes]:
-    """All processes that a process started, with their command lines."""
-    known, ours = processes(), {process}
-    while grown := {child for child, (parent, _) in known.items() if parent in ours} - ours:
-        ours |= grown
-    return {child: known[child][1] for child in ours - {process}}
 
 
 def workers(process: int) -> list[int]:

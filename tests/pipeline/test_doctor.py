@@ -396,7 +396,7 @@ def test_node_says_what_is_wrong_with_it(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100 * 10**9, 96 * 10**9, 4 * 10**9))
     monkeypatch.setattr(nodes, "_COUNT_GPUS", "print(1, '12.8')")
     write, read, disk, gpus = nodes.report("/proc/objdyn", [str(tmp_path / "absent")], 2, str(tmp_path))["faults"]
-    assert write.startswith("cannot write /proc (")
+    assert write.startswith("cannot write /proc, for /proc/objdyn (")
     assert read.startswith(f"cannot read {tmp_path}/absent (")
     assert disk.startswith(f"has 4.0 of 100.0 GB free at {tmp_path}")
     assert gpus.startswith("is said to have 2 GPUs, but torch sees 1: look at nvidia-smi")

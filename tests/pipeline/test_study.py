@@ -384,5 +384,9 @@ def test_other_code_is_refused_by_name_unless_forced(tmp_path: Path) -> None:
     changed = {**code, "objdyn/losses.py": "c"}
     with pytest.raises(ValueError, match=r"begun with other code \(objdyn/losses.py\); bring it back, or add --force"):
         study.require_code(changed, force=False)
+    assert not study.forced
     study.require_code(changed, force=True)
-    study.require_code(changed, force=False)
+    assert study.forced
+    again = opened(tmp_path, resume=True)
+    again.require_code(changed, force=False)
+    assert again.forced  # of trials that were interrupted before it

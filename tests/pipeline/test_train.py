@@ -48,7 +48,7 @@ def test_a_writer_that_has_not_ended_yet_is_waited_for_by_another_attempt(tmp_pa
             raise WorkerGroupError(str(cause), {0: cause})
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2})
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 2})
     for name in ("RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "0")
@@ -130,13 +130,16 @@ def test_restarts_are_counted_from_the_last_new_checkpoint(monkeypatch: pytest.M
 def test_what_the_cluster_does_not_have_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    monkeypatch.setattr(train, "FREED_SECONDS", 0.0)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 5.0, "GPU": 1.0})
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
     train._say_what_is_missing({"CPU": 4.0, "GPU": 1.0})
     assert capsys.readouterr().err == ""
     train._say_what_is_missing({"CPU": 5.0, "GPU": 2.5})
+    remedy = "add nodes, wait for other jobs, or start with fewer --workers"
     assert capsys.readouterr().err.splitlines() == [
-        "waiting for 5 CPU slots; the cluster has 4 now",
-        "waiting for 2.5 GPU slots; the cluster has 1 now",
+        "waiting for 5 CPU slots; the cluster has 5 now, of which 4 are free: " + remedy,
+        "waiting for 2.5 GPU slots; the cluster has 1 now, of which 1 are free: " + remedy,
     ]
 
 

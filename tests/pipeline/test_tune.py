@@ -1,24 +1,15 @@
-"""Whole sweeps through Ray, with trials, driver and Ray killed; a trial alone; what is refused before any starts."""
+"""Sweeps through Ray; a trial alone; what is refused before any starts. Those that are killed: tests/chaos."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
-import torch
 
 from pipeline import checkpoint, claim, cli, loop, store, tune
-from pipeline.config import SweepRun, TrainRun, with_overrides
+from pipeline.config import SweepRun, with_overrides
 from pipeline.presets import PRESETS
 from pipeline.space import Objective
 
@@ -28,155 +19,11 @@ SEARCH = (
     "model.entropy_weight=choice:0,0.01,0.1",
     "model.num_refinements=int:1:3",
 )
-TRIALS = 6
-
-
-def start(log: Path, out: Path, repository: Path, *flags: str, **environment: str) -> "subprocess.Popen[bytes]":
-    words = [sys.executable, str(repository / "jobs" / "sweep.py"), "iodine/debug", "--trials", str(TRIALS)]
-    words += ["--out", str(out), "--search", SEARCH[0], "--search", *SEARCH[1:], "--objective", "recon_psnr:max"]
-    words += ["--set", "checkpoint_every=5", "--max-concurrent", "2", "--retries", "1", *flags]
-    # Ray gives up at once on a cluster that was killed, instead of after a minute
-    given = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3", "PYTHONPATH": str(repository), **environment}
-    environ = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"} | given
-    with open(log, "w") as file:
-        return subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environ)
-
-
-def states(out: Path) -> list[str]:
-    with contextlib.suppress(Exception):  # it is being made
-        study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{out}/study.db")
-        return [trial.state.name for trial in study.get_trials(deepcopy=False)]
-    return []
-
-
-def wait(process: "subprocess.Popen[bytes]", reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not reached():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.1)
-
-
-def descendants(process: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-    found, pending = [], [process]
-    while pending:
-        pending += (new := children.get(pending.pop(), []))
-        found += new
-    return found
 
 
 def last_psnr(out: Path, number: int) -> float:
     lines = loop.read_metrics(str(out / "trials" / f"{number:04d}" / "seed-0"))
     return [line["recon_psnr"] for line in lines if line["kind"] == "eval"][-1]
-
-
-def dashboard(out: Path, path: str) -> Any:
-    from optuna_dashboard import wsgi
-
-    app = wsgi(f"sqlite:///{out}/study.db")
-    answer: list[str] = []
-    environ = {
-        "REQUEST_METHOD": "GET", "PATH_INFO": path, "SERVER_NAME": "localhost", "SERVER_PORT": "80", "QUERY_STRING": "",
-        "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(), "wsgi.errors": io.StringIO(),
-    }  # fmt: skip
-
-    def begin(status: str, headers: Any, exc_info: Any = None, /) -> Callable[[bytes], object]:
-        answer.append(status)
-        return bytes
-
-    body = b"".join(app(environ, begin))
-    assert answer == ["200 OK"], (answer, body)
-    return json.loads(body)
-
-
-@pytest.mark.parametrize(
-    "all_of_it", [pytest.param(False, marks=pytest.mark.chaos), pytest.param(True, marks=pytest.mark.slow)]
-)
-def test_a_sweep_survives_its_trials_its_driver_and_ray(tmp_path, repository, all_of_it):
-    """Trial 1 dies once and goes on, and the driver is killed; all of it: then Ray, and the last trial too often."""
-    out, counts = tmp_path / "sweep", tmp_path / "counts"
-    counts.mkdir()
-    faults = {
-        "OBJDYN_FAILPOINTS": "published:trials/0001/seed-0/checkpoints/step-00000010/COMPLETE=kill*1"
-        + ("; publish:trials/0005/seed-0/last.json=kill" if all_of_it else ""),
-        "OBJDYN_FAILPOINTS_DIR": str(counts),
-    }
-    logs = [tmp_path / f"{number}.log" for number in range(3)]
-    first = start(logs[0], out, repository, **faults)
-    wait(first, lambda: len(states(out)) > 3)  # of the first three at least one is over
-    first.kill()
-    first.wait()
-    told = logs[0].read_text()
-    assert states(out).count("RUNNING") in (1, 2)
-    assert "trial 1: " in told
-    assert "it goes on from its checkpoint" in told
-
-    if all_of_it:
-        second = start(logs[1], out, repository, "--resume", **faults)
-        before = len(states(out))
-        wait(second, lambda: len(states(out)) > before or len(states(out)) == TRIALS)
-        for process in descendants(second.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        second.wait(60)
-        assert second.returncode != 0
-
-    third = start(logs[2], out, repository, "--resume", **faults)
-    assert third.wait(120) == 0, logs[2].read_text()
-    told = logs[2].read_text()
-    record = store.read_json(str(out / "sweep.json"))
-    trials = record["trials"]
-    assert [trial["number"] for trial in trials] == list(range(TRIALS))
-    assert [trial["state"] for trial in trials] == [*["complete"] * (TRIALS - 1), "failed" if all_of_it else "complete"]
-    assert ("its process died 2 times" in trials[-1]["reason"]) == all_of_it
-    assert sum(trial["attempts"] for trial in trials) > TRIALS
-    assert len({json.dumps(trial["settings"], sort_keys=True) for trial in trials}) == TRIALS
-    assert not (out / ".ray").exists()
-
-    # each value is what the run folder says; the best is the best of them, and the stored run that made it
-    values = {trial["number"]: trial["values"]["recon_psnr"] for trial in trials if trial["state"] == "complete"}
-    assert values == {number: last_psnr(out, number) for number in values}
-    best = max(values, key=lambda number: values[number])
-    assert f"best: trial {best}, " in told
-    stored = checkpoint.config_from_json(TrainRun, store.read_json(str(out / "best.json"))["run"])
-    assert {name: getattr(stored.model, name.partition(".")[2]) for name in trials[best]["settings"]} == (
-        trials[best]["settings"]
-    )
-
-    # an interrupted trial ended as one that nothing disturbed
-    interrupted = next(trial for trial in trials if trial["attempts"] > 1 and trial["state"] == "complete")
-    alone = with_overrides(
-        PRESET, {**interrupted["settings"], "checkpoint_every": 5, "out": str(tmp_path / "alone"), "threads": 1}
-    )
-    alone = loop.open_run(dataclasses.replace(alone, device="cpu"))
-    loop.train(alone)
-    weights = [checkpoint.load_last(str(path)) for path in (tmp_path / "alone", out / interrupted["folder"] / "seed-0")]
-    assert weights[0] is not None
-    assert weights[1] is not None
-    assert all(torch.equal(weights[0].model[name], tensor) for name, tensor in weights[1].model.items())
-
-    # optuna-dashboard lists the trials with their settings, curves, folders and pictures
-    (summary,) = dashboard(out, "/api/studies")["study_summaries"]
-    listed = dashboard(out, f"/api/studies/{summary['study_id']}")["trials"]
-    assert [trial["state"] for trial in listed] == [
-        "Complete" if trial["state"] == "complete" else "Fail" for trial in trials
-    ]
-    for trial, shown in zip(trials, listed, strict=True):
-        assert {p["name"]: p["param_external_value"] for p in shown["params"]} == {
-            name: str(value) for name, value in trial["settings"].items()
-        }
-        if trial["state"] == "complete":
-            assert [point["step"] for point in shown["intermediate_values"]] == [10, 20]
-            (picture,) = shown["artifacts"]
-            assert picture["mimetype"] == "image/png"
-            assert (out / "artifacts" / picture["artifact_id"]).read_bytes() == (out / trial["picture"]).read_bytes()
-        assert {"key": "folder", "value": trial["folder"]} in shown["user_attrs"]
 
 
 @pytest.fixture
@@ -235,6 +82,19 @@ def test_a_finished_trial_is_not_trained_again(tmp_path, reports):
 def test_a_trial_that_cannot_work_says_why(tmp_path, reports, settings, reason):
     tune.train_trial({"number": 0, "settings": json.dumps(settings)}, job(tmp_path))
     assert reason in reports[-1]["failed"]
+
+
+def test_a_sweep_that_is_forced_begins_trials_and_goes_on_with_others(tmp_path, reports):
+    forced = job(tmp_path, steps=4, checkpoint_every=2)
+    forced = forced._replace(run=dataclasses.replace(forced.run, force=True))
+    for number in (0, 1, 0):
+        tune.train_trial({"number": number, "settings": "{}"}, forced)
+        assert "failed" not in reports[-1]
+    store.remove_tree(str(tmp_path / "trials/0001/seed-0/checkpoints"))
+    store.remove(str(tmp_path / "trials/0001/seed-0/last.json"))
+    other = forced._replace(run=dataclasses.replace(forced.run, optim=dataclasses.replace(forced.run.optim, lr=1e-5)))
+    tune.train_trial({"number": 1, "settings": "{}"}, other)
+    assert "failed" not in reports[-1]
 
 
 def test_a_trial_on_a_full_disk_halts_the_sweep(tmp_path, reports, monkeypatch):
