@@ -104,6 +104,17 @@ def test_a_terminal_shows_one_line_in_place_and_keeps_what_is_said(
     assert max(map(len, re.split(r"\r\x1b\[K|\n", shown))) <= 59
 
 
+@pytest.mark.parametrize("out", [Terminal(), io.StringIO()])
+def test_a_log_file_has_the_same_lines_whether_a_terminal_shows_them_or_not(
+    clock: Clock, log: Path, out: io.StringIO
+) -> None:
+    with Status("build", 40, "shards", file=out) as stage:
+        for _ in range(40):
+            clock.now += 1
+            stage.add()
+    assert [json.loads(line)["done"] for line in log.read_text().splitlines()] == [10, 20, 30, 40]
+
+
 def test_a_stage_that_failed_adds_no_line_to_its_error_unless_it_was_long(clock: Clock) -> None:
     for seconds, lines in ((1, 0), (30, 2)):
         out = io.StringIO()
