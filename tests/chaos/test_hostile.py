@@ -13,8 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import store
-from pipeline.config import ShardRun
-from pipeline.shard import shard
 
 PROGRAM = Path(__file__).parents[1] / "hostile.py"
 ROW = "hostile input"
@@ -45,26 +43,23 @@ def hostile(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.chaos
 def test_rays_workers_refuse_it_too(
-    hostile: ModuleType, s3_folder: str, ray_local: None, fault: Callable[[str], Any], tmp_path: Path
+    hostile: ModuleType, s3_folder: str, repository: Path, fault: Callable[[str], Any], tmp_path: Path
 ) -> None:
     """The limits are set where the decoders run, and hold for what comes from object storage."""
     count, world = fault(f"{ROW}, on workers"), hostile.make_videos(tmp_path)
     remote = hostile.Remote(s3_folder)
-    for name, layout, make, all_of_them in (
-        ("videos", "videos", hostile.files.videos, hostile.files.VIDEOS),
-        ("arrays", "npy", hostile.files.arrays, hostile.files.ARRAYS),
+    for name, words, make, all_of_them in (
+        ("videos", ["--layout=videos"], hostile.files.videos, hostile.files.VIDEOS),
+        ("arrays", ["--layout=npy", "--start=0", "--stop=6"], hostile.files.arrays, hostile.files.ARRAYS),
     ):
         expected = {source: code for source, code in all_of_them.items() if remote.storable(source)}
         folder = tmp_path / "hostile" / name
         folder.mkdir(parents=True)
         make(world, folder)
         out = f"{s3_folder}/{name}-out"
-        settings: dict[str, Any] = {"layout": layout, **({"start": 0, "stop": 6} if layout == "npy" else {})}
-        run = ShardRun(
-            remote.put(folder, name) + "/source", out, frames=5, size=16, max_quarantined=1.0,
-            max_memory_gb=0.5, workers=2, **settings,
-        )  # fmt: skip
-        shard(run)
+        job = [sys.executable, str(repository / "jobs" / "make_shards.py"), f"--out={out}", *words]
+        job += ["--source", remote.put(folder, name) + "/source", "--frames=5", "--size=16", "--max-quarantined=1"]
+        subprocess.run([*job, "--max-memory-gb=0.5", "--workers=2"], check=True)
         rows = pq.read_table(store.open_read(f"{out}/train/quarantine.parquet")).to_pylist()
         found = {row["source"]: row["code"] for row in rows}
         refused = {source: code for source, code in expected.items() if source in found and code in ("", found[source])}
