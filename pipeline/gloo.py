@@ -23,7 +23,7 @@ class _Backend(TorchConfig().backend_cls):
         worker_group.execute(name_interface)
         super().on_start(worker_group, backend_config)
 
-    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Leave the process group to the end of the workers' processes, which is next: Ray would first wait half a
         minute for a worker that hangs to take its leave."""
 

@@ -228,7 +228,7 @@ TABLES = {
     "parts without tables": files.part(parts=[{"name": "shard-00000"}]),
 }
 NUMBERS = {name: files.part(change) for name, change in files.NUMBERS.items()}
-ROWS = dict.fromkeys(("export rows", "read_objects"), DONE)
+ROWS: dict[str, tuple[int, ...]] = dict.fromkeys(("export rows", "read_objects"), DONE)
 """Readers that pass rows on as they are."""
 STATES = {**files.STATES, **files.STATE_MODELS}
 CASES = [
