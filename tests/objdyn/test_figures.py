@@ -150,6 +150,18 @@ def test_highlighted_trails_are_broader_and_have_a_white_rim():
     assert not (thin[:, middle] >= 250).all(axis=-1).any()
 
 
+def test_a_film_has_the_same_bytes_whatever_was_in_its_memory_before():
+    pytest.importorskip("av")
+    chance = np.random.default_rng(0)
+    blocks = (chance.random((7, 24, 70, 3)) * 255).astype(np.uint8)
+    pictures = blocks.repeat(13, axis=1).repeat(15, axis=2)[:, :290, :1030]
+    before, films = [], set()
+    for _ in range(15):
+        before = [*before[-8:], np.full(chance.integers(1, 3_000_000), chance.integers(255), np.uint8)]
+        films.add(figures.mp4(pictures))
+    assert len(films) == 1
+
+
 def test_a_film_has_every_picture_and_the_same_bytes_each_time():
     av = pytest.importorskip("av")
     pictures = np.stack([np.full((17, 33, 3), 60 * t, np.uint8) for t in range(4)])
