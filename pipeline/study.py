@@ -124,8 +124,6 @@ class SweepStudy:
     def __init__(self, study: "optuna.Study", space: Space, objectives: Sequence[Objective]) -> None:
         self._study, self._space, self._objectives = study, space, objectives
         self._live: dict[int, optuna.Trial] = {}
-        self.forced = False
-        """Whether the code ever changed by force: trials that were interrupted before have the earlier one."""
 
     @classmethod
     def open(
@@ -202,16 +200,19 @@ class SweepStudy:
             ValueError: without ``force``, naming the files that differ.
         """
         before = self._study.user_attrs.get(CODE, digests)
-        self.forced = self._study.user_attrs.get(FORCED, False)
         if (files := sorted(name for name in before | digests if before.get(name) != digests.get(name))) and not force:
             raise ValueError(
                 f"the sweep was begun with other code ({', '.join(files)}); bring it back, or add --force to go on "
                 "with this one"
             )
-        if files and not self.forced:
+        if files:
             self._study.set_user_attr(FORCED, True)
-            self.forced = True
         self._study.set_user_attr(CODE, dict(digests))
+
+    @property
+    def forced(self) -> bool:
+        """Whether the code ever changed by force: trials that were interrupted before have the earlier one."""
+        return bool(self._study.user_attrs.get(FORCED, False))
 
     @property
     def missing(self) -> int:

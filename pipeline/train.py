@@ -155,7 +155,8 @@ def _say_what_is_missing(wanted: dict[str, float]) -> None:
     """Tell what of some resources the cluster does not have now: Ray waits for it without end or word."""
     import ray
 
-    if all(ray.available_resources().get(name, 0) >= count for name, count in wanted.items()):
+    free = ray.available_resources()
+    if all(free.get(name, 0) >= count for name, count in wanted.items()):
         return
     time.sleep(FREED_SECONDS)
     there, free = ray.cluster_resources(), ray.available_resources()
