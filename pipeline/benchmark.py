@@ -60,6 +60,7 @@ from pipeline.config import (
     torch_device,
     with_overrides,
 )
+from pipeline.machine import peak_memory
 from pipeline.presets import PRESETS
 from pipeline.reader import TrainingReader, iter_clips, open_source
 from pipeline.timing import (
@@ -70,7 +71,6 @@ from pipeline.timing import (
     in_child,
     mean_parts,
     new_processes,
-    peak_memory,
     repeat,
     replaced,
     say,

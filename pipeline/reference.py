@@ -20,7 +20,8 @@ from objdyn import families
 from objdyn.models.iodine import IODINEConfig
 from objdyn.models.oddn import ODDNConfig
 from objdyn.models.provide import PROVIDEConfig
-from pipeline.timing import in_child, peak_memory, spread
+from pipeline.machine import peak_memory
+from pipeline.timing import in_child, spread
 
 THREADS = 2
 LENGTHS = (2, 4, 8)
@@ -143,7 +144,7 @@ def measure_step(
         "cpu_seconds": spread(cpu_seconds)._asdict(),
         "seconds": spread(seconds)._asdict(),
         "peak_memory_bytes": peak,
-        "increase_bytes": peak - before,
+        "increase_bytes": max(0, peak - before),
     }
 
 

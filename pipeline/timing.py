@@ -1,4 +1,4 @@
-"""Clocks: the parts of a training step, what SHA-256 and fsync take, calls, and the memory of a process of its own.
+"""Clocks: the parts of a training step, what SHA-256 and fsync take, calls, and what runs in a process of its own.
 
 They watch code that knows nothing of them, through hooks and for a while replaced functions.
 """
@@ -321,19 +321,6 @@ def in_child(function: Callable[..., Result], *arguments: Any, niceness: int = 0
                 f"the process that ran {function.__name__} died (out of memory?); measure a smaller preset, or leave "
                 "that part out with --parts"
             ) from error
-
-
-def peak_memory() -> int:
-    """Most memory that this process has held so far, in bytes."""
-    try:
-        with open("/proc/self/status") as file:
-            # Unlike getrusage, which hands a new process the peak of the one that started it.
-            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak << 10
 
 
 @contextlib.contextmanager

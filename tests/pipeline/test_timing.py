@@ -118,7 +118,7 @@ def test_integrity_clock_sees_hashing_and_syncs(tmp_path: Path) -> None:
 def test_peak_memory_is_that_of_the_child_alone() -> None:
     held = b"\x01" * (600 << 20)  # a new process would inherit this peak from getrusage
     code = (
-        "from pipeline.timing import peak_memory\n"
+        "from pipeline.machine import peak_memory\n"
         "before = peak_memory()\n"
         "held = b'\\x01' * (200 << 20)\n"
         "print(before, peak_memory())"
