@@ -222,7 +222,7 @@ def _stored_run(path: str, presets: Mapping[str, tuple[str, Any]]) -> Any:
         run = config_from_json(type(preset), {**fields, "model": model})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return dataclasses.replace(run, out="", resume=False)
+    return dataclasses.replace(run, out="", resume=False, resume_if_exists=False)
 
 
 def command(job: str, run: Any, *, preset: str | None = None, default: Any = None) -> str:

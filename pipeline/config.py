@@ -272,6 +272,8 @@ class TrainRun:
     """Run folder or s3:// URL; empty takes the next free number under ~/objdyn/runs."""
     resume: bool = False
     """Continue the run in ``out`` from its last checkpoint; without it a folder that holds a run is refused."""
+    resume_if_exists: bool = False
+    """Continue the run in ``out``, or start it where there is none: one command for schedulers that repeat a job."""
     force: bool = False
     """With resume: go on although settings, code or data have changed, as long as the weights fit; metrics.jsonl tells
     what has."""
@@ -1170,6 +1172,8 @@ class SweepRun:
     """Name of the study, for a storage that holds several."""
     resume: bool = False
     """Go on with the sweep in --out until it has --trials."""
+    resume_if_exists: bool = False
+    """Go on with the sweep in --out, or start it where there is none: one command for schedulers that repeat a job."""
     force: bool = False
     """With resume: go on although the code of a training step has changed, in which trials then differ."""
     storage: StorageConfig = field(default_factory=StorageConfig)

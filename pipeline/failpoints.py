@@ -10,7 +10,8 @@ Points in ``store.py``: ``write`` (half of a piece of a file is written), ``sync
 ``publish`` (durable under a temporary name), ``published``, ``create``, ``created``, ``remove``, ``removed``. In
 ``loop.py``: ``append`` (half of a line of metrics is written), ``step`` (an optimiser step has its gradients; the
 subject is ``worker 0 step 00000012``). In ``shard.py``: ``decode`` (a video is about to be read; the subject is
-``scan``, ``probe`` or ``build``, a space, and the video's name).
+``scan``, ``probe`` or ``build``, a space, and the video's name). In ``gloo.py``: ``meet`` (a worker looks for
+the others).
 """
 
 import errno

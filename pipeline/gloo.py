@@ -8,11 +8,18 @@ import os
 import socket
 import struct
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.train import WorkerGroupError
 from ray.train.torch import TorchConfig
 
+from pipeline import failpoints
+
+IMPORT_SECONDS = 30.0
+"""What workers may take beyond their patience with each other until they have met: they import torch first."""
 VARIABLE = "GLOO_SOCKET_IFNAME"
 """Names the interface that Gloo listens on; a value that an operator set stays."""
 _SIOCGIFADDR = 0x8915
@@ -20,8 +27,11 @@ _SIOCGIFADDR = 0x8915
 
 class _Backend(TorchConfig().backend_cls):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(name_interface)
-        super().on_start(worker_group, backend_config)
+        def meet() -> None:
+            worker_group.execute(name_interface)
+            super(_Backend, self).on_start(worker_group, backend_config)
+
+        within(backend_config.timeout_s + IMPORT_SECONDS, meet)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Leave the process group to the end of the workers' processes, which is next: Ray would first wait half a
@@ -37,8 +47,32 @@ class AddressedTorchConfig(TorchConfig):
         return _Backend
 
 
+def within(seconds: float, meet: Callable[[], None]) -> None:
+    """Let workers meet, but not for ever: Ray itself waits without end for one that hangs before it trains.
+
+    Raises:
+        WorkerGroupError: they have not met; Ray then ends all of them.
+    """
+    raised: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            meet()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=attempt, name="objdyn-meeting", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise WorkerGroupError(f"the workers have not met within {seconds:g} s (stall_seconds and their imports)", {})
+    if raised:
+        raise raised[0]
+
+
 def name_interface() -> None:
     """Tell Gloo in this worker the interface of its node's address; where none is found it does what it always did."""
+    failpoints.reach("meet")
     interface = interface_of(ray.util.get_node_ip_address())
     if interface is not None:
         os.environ.setdefault(VARIABLE, interface)

@@ -104,13 +104,14 @@ def open_run(run: TrainRun) -> TrainRun:
 
     Raises:
         ValueError: the data do not fit; or the folder holds a run and ``resume`` was not asked for, or holds none and
-            it was; or ``force`` was asked for without ``resume``; or the stored run has other settings, other code or
-            other perceptual weights, without ``force``; or the folder is not empty and not a run; or the weights to
+            it was; or ``force`` was asked for without either flag to resume; or the stored run has other settings, code
+            or perceptual weights, without ``force``; or the folder is not empty and not a run; or the weights to
             start from do not fit; or perceptual ones are missing or wrong.
     """
-    if run.resume and not run.out:
+    again = run.resume or run.resume_if_exists
+    if again and not run.out:
         raise ValueError("--resume needs --out, the folder of the run to continue")
-    if run.force and not run.resume:
+    if run.force and not again:
         raise ValueError("--force needs --resume: it continues a run although its settings, code or data changed")
     perceptual.require(run)
     run = resolve_paths(run)
@@ -123,6 +124,8 @@ def open_run(run: TrainRun) -> TrainRun:
     out = store.resolve(run.out, "--out")
     run = dataclasses.replace(run, out=out)
     path = store.join(out, "config.json")
+    if run.resume_if_exists:
+        run = dataclasses.replace(run, resume=run.resume or store.exists(path), resume_if_exists=False)
     if not run.resume:
         if store.exists(path):
             raise ValueError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
@@ -1058,11 +1061,11 @@ def _summary_writer(folder: str, step: int) -> Any:
 def _stored(
     run: TrainRun, start: Mapping[str, Any] | None = None, distance: perceptual.Distance | None = None
 ) -> dict[str, Any]:
-    """What ``config.json`` holds: the run without its --resume flag, the code, the weights that it started from, and
-    which ones its perceptual loss has."""
+    """What ``config.json`` holds: the run without the flags of this call, the code, the weights that it started from,
+    and which ones its perceptual loss has."""
     stored = {
         "family": families.family_of(run.model),
-        "run": checkpoint.config_to_json(dataclasses.replace(run, resume=False, force=False)),
+        "run": checkpoint.config_to_json(dataclasses.replace(run, resume=False, resume_if_exists=False, force=False)),
         "code": checkpoint.code_digests(),
     }
     stored |= {"init": dict(start)} if start else {}
@@ -1072,7 +1075,7 @@ def _stored(
 _FORCED = "forced"
 """Field of ``config.json``: at which steps what was changed by force."""
 FREE_TO_CHANGE = {
-    "data", "out", "resume", "force", "steps", "workers", "threads", "device", "perceptual_weights",
+    "data", "out", "resume", "resume_if_exists", "force", "steps", "workers", "threads", "device", "perceptual_weights",
     "log_every", "eval_every", "eval_clips", "checkpoint_every", "keep_last", "loader.prefetch", "loader.cache_gb",
     "stall_seconds", "grace_seconds",
 }  # fmt: skip
@@ -1139,6 +1142,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--perceptual-weights", nargs="+", metavar="FILE", help="for model.recon_loss=vgg")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--resume-if-exists", action="store_true", help="continue the run in --out, or start it")
     parser.add_argument("--force", action="store_true", help="with --resume: although settings, code or data changed")
     parser.add_argument("--storage.endpoint-url", metavar="URL", help="of the store behind s3:// paths")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any setting, optim.lr=3e-4")
@@ -1150,7 +1154,8 @@ def main(words: Sequence[str] | None = None) -> int:
         overrides["storage.endpoint_url"] = url
     try:
         preset = names[arguments.preset]
-        overrides |= {"resume": arguments.resume, "force": arguments.force} | parse_settings(arguments.set, preset)
+        overrides |= {name: vars(arguments)[name] for name in ("resume", "resume_if_exists", "force")}
+        overrides |= parse_settings(arguments.set, preset)
         with stop.preemptible(), opened(with_overrides(preset, overrides)) as (run, _):
             print(f"run folder: {run.out}", file=sys.stderr)
             with progress_of(run) as progress:

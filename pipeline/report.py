@@ -340,7 +340,7 @@ def training_command(family: str, run: Mapping[str, Any]) -> str:
     """
     if family not in PRESETS:
         raise ValueError(f"this version has no family {family!r}")
-    wanted = dataclasses.replace(config_from_json(TrainRun, run), out="", resume=False)
+    wanted = dataclasses.replace(config_from_json(TrainRun, run), out="", resume=False, resume_if_exists=False)
     lines = [
         command(f"jobs/train_{family}.py", wanted, preset=name, default=dataclasses.replace(preset, out=""))
         for name, preset in PRESETS[family].items()

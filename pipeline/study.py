@@ -125,6 +125,20 @@ class SweepStudy:
         self._study, self._space, self._objectives = study, space, objectives
         self._live: dict[int, optuna.Trial] = {}
 
+    @staticmethod
+    def is_in(location: str, name: str) -> bool:
+        """Tell whether a storage holds a study of that name; one that a killed process did not finish is none.
+
+        Raises:
+            ValueError: the storage cannot be opened.
+        """
+        file = location.removeprefix("sqlite:///")
+        if "://" not in file and not os.path.exists(file):  # to open it would make it
+            return False
+        storage = open_storage(location)
+        _remove_unborn(storage, name)
+        return name in _optuna().get_all_study_names(storage)
+
     @classmethod
     def open(
         cls,

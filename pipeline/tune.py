@@ -77,12 +77,15 @@ def sweep(run: SweepRun) -> str:
             another one than is resumed, or none.
         OSError: a disk is full, or a folder cannot be written; ``--resume`` goes on.
     """
-    if run.force and not run.resume:
+    if run.force and not (run.resume or run.resume_if_exists):
         raise ValueError("--force goes with --resume: there is nothing yet that could have changed")
     base, shared, job_space, objectives = _prepare(run)
     out, location = _places(run)
     run = dataclasses.replace(run, out=out)
     with claim.hold(out, "sweep") as held:
+        if run.resume_if_exists:
+            with reading(location):
+                run = dataclasses.replace(run, resume=run.resume or SweepStudy.is_in(location, run.study))
         _require_free(run, out)
         plan = _plan(run, base, shared, job_space, objectives)
         with reading(location):
@@ -138,7 +141,7 @@ def _prepare(run: SweepRun) -> tuple[TrainRun, dict[str, Any], space.Space, tupl
         raise ValueError(f"there is no preset {run.preset!r}; choose FAMILY/PRESET, such as {', '.join(names)}")
     base = PRESETS[family][name]
     shared = parse_settings(run.set, base)
-    own = {"data", "out", "resume", "workers", "threads", "device"}
+    own = {"data", "out", "resume", "resume_if_exists", "workers", "threads", "device"}
     if taken := sorted(name for name in shared if name in own or name.startswith("storage.")):
         raise ValueError(f"--set {taken[0]}: give --{taken[0]} itself")
     if not (run.data or base.data):
@@ -181,7 +184,7 @@ def _objectives(run: SweepRun, base: TrainRun) -> tuple[Objective, ...]:
 
 def _places(run: SweepRun) -> tuple[str, str]:
     """The sweep's folder and the location of its storage."""
-    if run.resume and not run.out:
+    if (run.resume or run.resume_if_exists) and not run.out:
         raise ValueError("--resume needs --out, the folder of the sweep to go on with")
     out = store.resolve(run.out, "--out") if run.out else loop.next_free_folder(run.preset.replace("/", "-"), "sweeps")
     location = run.study_storage or store.join(out, "study.db")
@@ -485,7 +488,7 @@ def _best_run(out: str, record: SweepRecord, base: TrainRun) -> dict[str, Any] |
 def _commands(run: SweepRun, location: str) -> list[str]:
     """The command lines of this sweep, of a training with its best settings, and of the dashboard."""
     family = run.preset.partition("/")[0]
-    again = dataclasses.replace(run, resume=False, study_storage=shown(run.study_storage))
+    again = dataclasses.replace(run, resume=False, resume_if_exists=False, study_storage=shown(run.study_storage))
     lines = [
         command("jobs/sweep.py", again, preset=run.preset, default=SweepRun(run.preset)),
         shlex.join(["python", f"jobs/train_{family}.py", "--config", store.join(run.out, "best.json"), "--out", "RUN"]),

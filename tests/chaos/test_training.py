@@ -127,6 +127,26 @@ def test_a_worker_of_ray_is_killed_then_stopped(
     assert tensors_of(out) == tensors_of(undisturbed)
 
 
+@pytest.mark.chaos
+def test_a_worker_that_hangs_before_it_trains_is_replaced(
+    fault: Callable[[str], Any], undisturbed: Path, tmp_path: Path, drivers: list["Driver"]
+) -> None:
+    out, counts, count = tmp_path / "run", tmp_path / "counts", fault("train worker that hangs as it starts (Ray)")
+    counts.mkdir()
+    rules = {failpoints.VARIABLE: "meet=hang*1", failpoints.FOLDER: str(counts)}
+    drivers.append(Driver.training(out, "--stall-seconds", "5", **rules))
+    wait_for(lambda: any(counts.iterdir()), drivers[-1])
+    count.injected += 1
+    begin = time.monotonic()
+    wait_for(lambda: step_of(out), drivers[-1])
+    count.recovered(time.monotonic() - begin)
+    status, said = drivers[-1].end()
+    assert (status, "the workers have not met within 35 s" in said) == (0, True), said
+    if tensors_of(out) != tensors_of(undisturbed):
+        count.wrong += 1
+    assert tensors_of(out) == tensors_of(undisturbed)
+
+
 class Driver:
     """A job as its user starts it, with a Ray of its own."""
 
@@ -142,9 +162,9 @@ class Driver:
         self.started: set[int] = set()
 
     @classmethod
-    def training(cls, out: Path, *words: str) -> "Driver":
+    def training(cls, out: Path, *words: str, **environment: str) -> "Driver":
         settings = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        return cls("train_iodine.py", "debug", *settings, "--out", str(out), *words)
+        return cls("train_iodine.py", "debug", *settings, "--out", str(out), *words, **environment)
 
     def watch(self) -> None:
         """Remember what it has started."""

@@ -3,8 +3,10 @@
 import os
 import socket
 import sys
+import threading
 
 import pytest
+from ray.train import WorkerGroupError
 
 from pipeline import gloo
 
@@ -33,3 +35,37 @@ def test_workers_listen_at_their_nodes_address_unless_an_operator_says_otherwise
     monkeypatch.setenv(gloo.VARIABLE, "ib0")
     gloo.name_interface()
     assert os.environ[gloo.VARIABLE] == "ib0"
+
+
+def test_workers_that_do_not_meet_are_given_up_and_what_they_raise_is_passed_on() -> None:
+    never = threading.Event()
+    with pytest.raises(WorkerGroupError, match=r"have not met within 0\.05 s"):
+        gloo.within(0.05, lambda: never.wait(60) and None)
+    never.set()
+
+    def fail() -> None:
+        raise ZeroDivisionError("of a worker")
+
+    with pytest.raises(ZeroDivisionError, match="of a worker"):
+        gloo.within(60.0, fail)
+    met: list[int] = []
+    gloo.within(60.0, lambda: met.append(1))
+    assert met == [1]
+
+
+def test_backend_bounds_the_meeting_by_the_patience_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Group:
+        """Of one worker that hangs in whatever it is told."""
+
+        released = threading.Event()
+
+        def execute(self, function: object) -> None:
+            assert function is gloo.name_interface
+            self.released.wait(60)
+            raise ChildProcessError("it is ended")
+
+    monkeypatch.setattr(gloo, "IMPORT_SECONDS", 0.05 - 1)
+    config = gloo.AddressedTorchConfig(timeout_s=1)
+    with pytest.raises(WorkerGroupError):
+        config.backend_cls().on_start(Group(), config)
+    Group.released.set()

@@ -148,6 +148,23 @@ def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
         loop.open_run(run_in(tmp_path / "none", resume=True))
 
 
+def test_one_command_starts_a_run_and_goes_on_with_it(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for steps, resumed in ((4, False), (6, True)):
+        run = loop.open_run(run_in(folder, steps=steps, resume_if_exists=True))
+        assert (run.resume, run.resume_if_exists) == (resumed, False)
+        loop.train(run)
+    assert sha256_of_last(folder)["model.safetensors"] == sha256_of_last(undisturbed)["model.safetensors"]
+    stored = store.read_json(str(folder / "config.json"))["run"]
+    assert (stored["resume"], stored["resume_if_exists"]) == (False, False)
+    with pytest.raises(ValueError, match="seed was 0 and is 5"):
+        loop.open_run(run_in(folder, resume_if_exists=True, seed=5))
+    assert loop.open_run(run_in(folder, resume_if_exists=True, seed=5, force=True)).resume
+    assert not loop.open_run(run_in(tmp_path / "new", resume_if_exists=True, force=True)).resume
+    with pytest.raises(ValueError, match="--resume needs --out"):
+        loop.open_run(dataclasses.replace(DEBUG, resume_if_exists=True))
+
+
 def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match=r"holds thesis.tex"):

@@ -12,6 +12,7 @@ from pipeline import checkpoint, claim, cli, loop, store, tune
 from pipeline.config import SweepRun, with_overrides
 from pipeline.presets import PRESETS
 from pipeline.space import Objective
+from pipeline.study import SweepStudy
 
 PRESET = PRESETS["iodine"]["debug"]
 SEARCH = (
@@ -161,6 +162,29 @@ def test_another_study_in_the_folder_of_a_sweep_is_refused(tmp_path):
     for fields in ({"study": "second"}, {"study_storage": str(tmp_path / "other.db")}):
         with pytest.raises(ValueError, match="holds another sweep; choose another --out"):
             tune.sweep(sweep_run(tmp_path, **fields))
+
+
+@pytest.mark.parametrize("storage", ["", "elsewhere.db", "elsewhere.journal"])
+def test_one_command_starts_a_sweep_and_goes_on_with_it(tmp_path, monkeypatch, storage):
+    class OpenedError(Exception):
+        pass
+
+    real = SweepStudy.open
+
+    def stop_after(*args, **named):
+        real(*args, **named)
+        raise OpenedError(named["resume"])
+
+    monkeypatch.setattr(SweepStudy, "open", stop_after)
+    (tmp_path / "s").mkdir()
+    place = {"study_storage": str(tmp_path / storage)} if storage else {}
+    for resumed in (False, True, True):
+        with pytest.raises(OpenedError, match=str(resumed)):
+            tune.sweep(sweep_run(tmp_path / "s", resume_if_exists=True, **place))
+    with pytest.raises(ValueError, match="is of another sweep: .*preset was"):
+        tune.sweep(sweep_run(tmp_path / "s", resume_if_exists=True, preset="iodine/small", **place))
+    with pytest.raises(ValueError, match="--resume needs --out"):
+        tune.sweep(sweep_run("", resume_if_exists=True))
 
 
 def test_what_is_set_is_not_searched_as_ready_made():
