@@ -23,6 +23,7 @@ RUN = with_overrides(
     {
         "optim.batch_size": 4,
         "optim.micro_batch_size": 2,
+        "clip_frames": 4,
         "threads": 1,
         "steps": 8,
         "checkpoint_every": 2,
