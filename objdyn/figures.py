@@ -333,10 +333,15 @@ def side_by_side(
     return np.stack(pictures)
 
 
-def mp4(pictures: np.ndarray, *, fps: float = 10.0) -> bytes:
+def mp4(pictures: np.ndarray, *, fps: float = 10.0, crf: int = 18) -> bytes:
     """Encode pictures, uint8 (t, H, W, 3), as H.264 in MP4; the same pictures give the same bytes.
 
     Odd sides are padded by a white line, because the format halves the colours. Needs PyAV.
+
+    Args:
+        pictures: what to encode.
+        fps: pictures per second.
+        crf: x264's constant rate factor; lower is better and longer, 18 looks like the original.
 
     Raises:
         ValueError: no pictures, or ``fps`` is not positive.
@@ -350,7 +355,7 @@ def mp4(pictures: np.ndarray, *, fps: float = 10.0) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
         # x264's macroblock tree reads memory that nobody has written at the end of a film with B-frames.
-        options = {"crf": "18", "preset": "veryfast", "threads": "1", "mbtree": "0"}
+        options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "mbtree": "0"}
         rate = Fraction(fps).limit_denominator(1000)
         stream = cast("VideoStream", container.add_stream("libx264", rate=rate, options=options))
         stream.height, stream.width = pictures.shape[1:3]

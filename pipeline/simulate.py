@@ -11,13 +11,13 @@ The scene file is written last and lists the others: a video without it is made 
 
 import dataclasses
 import functools
-import io
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from objdyn import figures
 from objdyn.clevrer import FPS, Properties, World
 from objdyn.clips import to_npy
 from objdyn.simulators import clevrer, towers
@@ -26,13 +26,12 @@ from objdyn.simulators.rendering import renderer
 from pipeline import claim, status, store
 from pipeline.config import MakeQuestionsRun, SimulateRun
 
-if TYPE_CHECKING:
-    from av.video.stream import VideoStream
-
 FOLDER = 1000
 """Videos of one folder."""
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
 """Our names of splits, and CLEVRER's of their folders."""
+CRF = 12
+"""Quality of the videos, as x264 counts: hardly any loss."""
 
 _ATTEMPTS = 20
 
@@ -190,7 +189,7 @@ def _make(run: SimulateRun, folder: str, item: str) -> str:
     masks = np.stack([picture.mask for picture in pictures])
     split = store.join(folder, SPLITS[run.split])
     files = {
-        _path("video", index, "mp4"): encode_video([picture.frame for picture in pictures]),
+        _path("video", index, "mp4"): figures.mp4(np.stack([picture.frame for picture in pictures]), fps=FPS, crf=CRF),
         _path("mask", index, "npy.zst"): zstandard.ZstdCompressor(level=3, write_checksum=True).compress(to_npy(masks)),
         _path("annotation", index, "json"): json.dumps(annotation).encode(),
     }
@@ -216,22 +215,6 @@ def _collisions(run: SimulateRun, index: int) -> tuple[clevrer.Scene, World, cle
         if imagined is not None:
             return scene, *imagined
     raise ValueError(f"video {index}: no stable scene among {_ATTEMPTS}; choose fewer --objects")
-
-
-def encode_video(frames: Sequence[np.ndarray]) -> bytes:
-    """Encode uint8 (h, w, 3) frames as h264 in mp4 at CLEVRER's rate, without what differs from run to run."""
-    import av
-
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
-        options = {"crf": "12", "preset": "veryfast", "threads": "1"}
-        stream = cast("VideoStream", container.add_stream("libx264", rate=int(FPS), options=options))
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return file.getvalue()
 
 
 def to_proposals(index: int, masks: np.ndarray, properties: Sequence[Properties]) -> dict[str, Any]:

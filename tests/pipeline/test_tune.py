@@ -181,7 +181,7 @@ def test_one_command_starts_a_sweep_and_goes_on_with_it(tmp_path, monkeypatch, s
     for resumed in (False, True, True):
         with pytest.raises(OpenedError, match=str(resumed)):
             tune.sweep(sweep_run(tmp_path / "s", resume_if_exists=True, **place))
-    with pytest.raises(ValueError, match="is of another sweep: .*preset was"):
+    with pytest.raises(ValueError, match=r"is of another sweep: .*preset was"):
         tune.sweep(sweep_run(tmp_path / "s", resume_if_exists=True, preset="iodine/small", **place))
     with pytest.raises(ValueError, match="--resume needs --out"):
         tune.sweep(sweep_run("", resume_if_exists=True))
