@@ -65,7 +65,8 @@ from pipeline.config import ExtractRun, StorageConfig, parse_model_settings, rec
 from pipeline.reader import Source, open_source
 from pipeline.tables import Block, Provenance
 
-DEATHS_PER_PART = 2
+RESTARTS = 5
+"""Times that a worker's process is started again after it died, whatever part it was at."""
 RECORDS_AT_ONCE = 16
 """Records of parts that are read side by side: on object storage each is a request to wait for."""
 EDITS_AT_ONCE = 32
@@ -560,11 +561,11 @@ def _schedule(job: Job, todo: list[Part], workers: int) -> Iterator[dict[str, An
             Extractor,
             fn_constructor_args=(job,),
             batch_size=1,
-            # One part at a time: a death counts against the part that caused it, not against parts queued behind it.
+            # One part at a time: whichever worker is free takes the next.
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(todo)), max_tasks_in_flight_per_actor=1),
             num_cpus=1,
-            max_restarts=DEATHS_PER_PART,
-            # Restarts alone count: a worker whose node was lost is tried every second until there is another one.
+            max_restarts=RESTARTS,
+            # These alone count: a worker whose node was lost is tried every second until there is another one.
             max_task_retries=-1,
             **options,
         )
@@ -572,8 +573,8 @@ def _schedule(job: Job, todo: list[Part], workers: int) -> Iterator[dict[str, An
         yield from answers.iter_rows()
     except RayError as error:
         raise ValueError(
-            f"the process that extracts died {DEATHS_PER_PART + 1} times on one part (out of memory? then lower "
-            f"--batch-size or --workers); parts that are done are kept, run the same command again. Ray says: "
+            f"a worker's process died {RESTARTS + 1} times (out of memory? then lower --batch-size or --workers); "
+            f"parts that are done are kept, run the same command again. Ray says: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
 
