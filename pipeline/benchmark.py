@@ -63,6 +63,7 @@ from pipeline.config import (
 from pipeline.machine import peak_memory
 from pipeline.presets import PRESETS
 from pipeline.reader import TrainingReader, iter_clips, open_source
+from pipeline.status import as_bytes
 from pipeline.timing import (
     IntegrityClock,
     Spread,
@@ -906,8 +907,9 @@ def render(report: Report) -> str:
     gpu = "" if on["device"] == "cpu" else f"{on['device']}; "
     lines = [
         f"{report['family']} {report['preset']}",
-        f"machine   {gpu}{on['processor']}, {on['cores']} cores, {_bytes(on['memory_bytes'])}; {on['threads']} threads "
-        f"(OMP_WAIT_POLICY {on['omp_wait_policy']}); torch {on['torch']}, Ray {on['ray']}, Python {on['python']}",
+        f"machine   {gpu}{on['processor']}, {on['cores']} cores, {as_bytes(on['memory_bytes'])}; {on['threads']} "
+        f"threads (OMP_WAIT_POLICY {on['omp_wait_policy']}); torch {on['torch']}, Ray {on['ray']}, "
+        f"Python {on['python']}",
     ]
     if on["load_before"] is not None:
         busy = on["load_before"] > on["cores"] / 2
@@ -950,9 +952,9 @@ def _train_table(train: Report) -> list[str]:
     rows.append(row("mean step", split))
     seconds, cpu = train["seconds"], train["cpu_seconds"]
     micro = "" if train["micro_batch_size"] == train["batch_size"] else f" ({train['micro_batch_size']} at a time)"
-    memory = f"{_bytes(train['peak_memory_bytes'])}, of which {_bytes(train['peak_memory_before_bytes'])} before it"
+    memory = f"{as_bytes(train['peak_memory_bytes'])}, of which {as_bytes(train['peak_memory_before_bytes'])} before it"
     if "peak_gpu_memory_bytes" in train:
-        memory += f"; on the GPU {_bytes(train['peak_gpu_memory_bytes'])}"
+        memory += f"; on the GPU {as_bytes(train['peak_gpu_memory_bytes'])}"
     return [
         f"train: one optimiser step of {train['batch_size']} clips{micro} x {train['frames']} frames, "
         f"{train['precision']}, {train['device']}, after step {train['after_step']} of the preset",
@@ -972,7 +974,7 @@ def _rollout_table(rollout: Report) -> list[str]:
                 m = measured[verb]
                 numbers = [f"{m['clips_per_second']:.4g}", f"{m['frames_per_second']:.4g}"]
                 rows.append([verb, batch, str(m["frames"]), *numbers, _spread(m["seconds"], ".3g")])
-        memory.append(f"{_bytes(measured.get('peak_gpu_memory_bytes', measured['peak_memory_bytes']))} at {batch}")
+        memory.append(f"{as_bytes(measured.get('peak_gpu_memory_bytes', measured['peak_memory_bytes']))} at {batch}")
     return ["rollout: the verbs without gradients", f"  peak memory  {', '.join(memory)} clips", *_align(rows)]
 
 
@@ -1060,7 +1062,3 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
 def _spread(values: Report, form: str) -> str:
     median, least, most = (format(values[name], form) for name in Spread._fields)
     return f"{median} ({least} - {most})"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

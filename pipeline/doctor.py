@@ -33,6 +33,7 @@ import numpy as np
 
 from pipeline import cluster, failpoints, machine, nodes, store, trial
 from pipeline.config import DoctorRun, ShardRun, TrainRun, with_overrides
+from pipeline.status import as_bytes, as_time
 
 AGENT_PORT = 52365
 """Where a machine's Ray listens for jobs; of two Rays only the first gets it."""
@@ -181,7 +182,7 @@ def check_torch(case: Case) -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
             bf16 = "with" if torch.cuda.is_bf16_supported() else "without"
-            text = f"{build}; GPU {index} is {facts.name} with {_bytes(facts.total_memory)}, {bf16} bf16"
+            text = f"{build}; GPU {index} is {facts.name} with {as_bytes(facts.total_memory)}, {bf16} bf16"
             yield Finding("ok", "torch", text)
     elif cards := glob.glob("/dev/nvidia[0-9]*"):
         remedy = "install torch's CUDA build" if torch.version.cuda is None else "look at nvidia-smi and the driver"
@@ -197,7 +198,7 @@ def check_torch(case: Case) -> Iterator[Finding]:
 def check_machine(case: Case) -> Iterator[Finding]:
     """How many cores and how much memory a process may use."""
     cores, usable = os.cpu_count() or 1, machine.usable_cores()
-    text = f"{usable} cores (load {case.load:.1f}), {_bytes(machine.available_memory())} of memory free"
+    text = f"{usable} cores (load {case.load:.1f}), {as_bytes(machine.available_memory())} of memory free"
     if usable < cores:
         text += f"; the machine has {cores} cores and torch would start as many threads: train with --threads {usable}"
     yield Finding("warn" if usable < cores else "ok", "machine", text)
@@ -254,7 +255,7 @@ def check_shared_memory(case: Case) -> Iterator[Finding]:
     if cluster.is_joined() or not os.path.isdir("/dev/shm"):
         return
     free, needed = shutil.disk_usage("/dev/shm").free, cluster.OBJECT_STORE_BYTES
-    text = f"{_bytes(free)} free in /dev/shm, a private Ray takes up to {_bytes(needed)}"
+    text = f"{as_bytes(free)} free in /dev/shm, a private Ray takes up to {as_bytes(needed)}"
     if free < needed:
         text += "; Ray would fall back to slow files: give a container more with --shm-size, or remove old files there"
     yield Finding("warn" if free < needed else "ok", "shared memory", text)
@@ -374,9 +375,7 @@ def check_nodes(case: Case) -> Iterator[Finding]:
         for fault in there["faults"]:
             yield Finding("FAIL", "nodes", f"{address} {fault}")
         if (off := max(asked - there["time"], there["time"] - answered)) > SKEW_SECONDS:
-            text = (
-                f"the clock of {address} is off by {_duration(off)} or more from this machine's, so that logs do not "
-            )
+            text = f"the clock of {address} is off by {as_time(off)} or more from this machine's, so that logs do not "
             yield Finding("warn", "nodes", f"{text}fit together and S3 may refuse what it signs; run NTP there")
     resources = ray.cluster_resources()
     text = f"{len(alive)} up with {resources.get('CPU', 0):.0f} CPUs and {resources.get('GPU', 0):.0f} GPUs; this "
@@ -581,7 +580,9 @@ def check_training(case: Case) -> Iterator[Finding]:
                 sizes = result
     except (ChildProcessError, TimeoutError) as error:
         text = f"a step of {case.run.preset} on {clips} clips of {training.clip_frames} frames failed: {error}; the "
-        text += f"machine has {_bytes(machine.available_memory())} of memory free: use a larger one, or another preset"
+        text += (
+            f"machine has {as_bytes(machine.available_memory())} of memory free: use a larger one, or another preset"
+        )
         yield Finding("FAIL", "memory", text)
         return
     yield _memory(case, training, steps)
@@ -804,12 +805,12 @@ def _sharding(case: Case, run: ShardRun, videos: float, read: Sequence[dict[str,
     clips, stored, seconds = (each * sum(video[name] for video in read) for name in ("clips", "bytes", "seconds"))
     cores = machine.usable_cores()
     text = f"make_shards.py --frames {run.frames} --stride {run.stride} --size {run.size} writes about "
-    text += f"{clips:,.0f} clips, {_bytes(stored)}, in {_duration(seconds / cores)} on {cores} cores "
+    text += f"{clips:,.0f} clips, {as_bytes(stored)}, in {as_time(seconds / cores)} on {cores} cores "
     text += f"(estimate from {len(read)} videos"
     text += f"; others keep this machine busy, load {case.load:.1f}: an upper bound)" if case.load > 1 else ")"
     free = machine.free_disk(case.out)
     if free is not None and stored > free:
-        return Finding("FAIL", "sharding", f"{text}, but only {_bytes(free)} are free at {case.out}: free some")
+        return Finding("FAIL", "sharding", f"{text}, but only {as_bytes(free)} are free at {case.out}: free some")
     return Finding("ok", "sharding", text)
 
 
@@ -824,9 +825,11 @@ def _memory(case: Case, training: TrainRun, steps: Sequence[dict[str, Any]]) -> 
         ahead = training.loader.prefetch * micro * training.clip_frames * 3 * side**2
         needed = (needed + ahead) * workers
     free = steps[-1]["free"] if gpu else machine.available_memory()
-    text = f"{case.run.preset} needs about {_bytes(needed)} for micro-batches of {micro} clips of "
+    text = f"{case.run.preset} needs about {as_bytes(needed)} for micro-batches of {micro} clips of "
     text += f"{training.clip_frames} frames" + (f" in each of {workers} workers" if workers > 1 else "")
-    text += f" (one clip {_bytes(first)}, each further one {_bytes(growth)}), beside Ray itself; {_bytes(free)} are "
+    text += (
+        f" (one clip {as_bytes(first)}, each further one {as_bytes(growth)}), beside Ray itself; {as_bytes(free)} are "
+    )
     text += f"free on {gpu or 'this machine'}"
     if needed > free:
         return Finding(
@@ -842,9 +845,7 @@ def _time(case: Case, training: TrainRun, step: dict[str, Any]) -> Finding:
     gpu, batch = step["gpu"], training.optim.batch_size
     seconds = step["seconds"] / step["clips"] * batch / (training.workers if gpu else 1)
     where = f"{training.workers} {gpu}" if gpu else f"{training.threads or os.cpu_count() or 1} threads"
-    text = (
-        f"{training.steps:,} steps of {batch} clips at {_duration(seconds)} take {_duration(seconds * training.steps)} "
-    )
+    text = f"{training.steps:,} steps of {batch} clips at {as_time(seconds)} take {as_time(seconds * training.steps)} "
     text += f"on {where} (estimate from a step on {step['clips']} clips, without reading and evaluation"
     text += f"; others keep this machine busy, load {case.load:.1f}: an upper bound)" if case.load > 1 else ")"
     if seconds * training.steps > LONG_HOURS * 3600:
@@ -857,14 +858,12 @@ def _disk(case: Case, training: TrainRun, sizes: dict[str, Any]) -> Finding:
     kept = training.keep_last + 2  # the best, and the newest before the oldest goes
     lines = training.steps // training.log_every + (training.steps // training.eval_every if training.eval_every else 0)
     needed = kept * sizes["checkpoint"] + lines * sizes["line"]
-    text = (
-        f"the run folder takes {_bytes(needed)}: up to {kept} checkpoints of {_bytes(sizes['checkpoint'])} (keep_last="
-    )
-    text += f"{training.keep_last}, the best, and one more while it is written) and {lines:,} lines of logs"
+    text = f"the run folder takes {as_bytes(needed)}: up to {kept} checkpoints of {as_bytes(sizes['checkpoint'])} "
+    text += f"(keep_last={training.keep_last}, the best, and one more while it is written) and {lines:,} lines of logs"
     free = machine.free_disk(case.out)
     if free is None:
         return Finding("ok", "disk", text)
-    text += f"; {_bytes(free)} are free at {case.out}"
+    text += f"; {as_bytes(free)} are free at {case.out}"
     if needed > free:
         return Finding("FAIL", "disk", f"{text}: free some, or train with a lower --keep-last")
     return Finding("ok", "disk", text)
@@ -882,18 +881,3 @@ def _code_digest() -> str:
 def _span(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.2g} s"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"

@@ -26,6 +26,7 @@ from pipeline.cli import command
 from pipeline.config import TrainRun, flatten_settings
 from pipeline.loop import CLOCK_FIELDS, STAGE_ENDS, read_metrics
 from pipeline.presets import PRESETS
+from pipeline.status import as_bytes
 
 PNG_BYTES = 300_000
 """A still larger than this as PNG (camera footage) goes into the page as WebP."""
@@ -691,8 +692,8 @@ def data_facts(data: Mapping[str, Any]) -> str:
     if stored := data.get("stored"):
         ratio = stored["raw_bytes"] / max(1, stored["bytes"])
         facts["split on disk"] = (
-            f"{_bytes(stored['bytes'])} ({stored['codec']}; shards: {stored['shards']:,}), {ratio:.1f} times smaller "
-            f"than its pixels ({_bytes(stored['raw_bytes'])})"
+            f"{as_bytes(stored['bytes'])} ({stored['codec']}; shards: {stored['shards']:,}), {ratio:.1f} times smaller "
+            f"than its pixels ({as_bytes(stored['raw_bytes'])})"
         )
     plots = []
     for name, meaning in LOOKS.items():
@@ -987,13 +988,6 @@ def _spread_of(found: Mapping[str, float], unit: str) -> str:
     if found["min"] == found["max"]:
         return f"{found['min']:.4g} {unit}"
     return f"{found['min']:.4g} to {found['max']:.4g} {unit}, median {found['median']:.4g}"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
 
 
 def _text_table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from objdyn.datasets import Video
 from pipeline import reader, shard, store
 from pipeline.config import ExtractRun, LoaderConfig, ShardRun, TrainRun
+from pipeline.status import as_bytes, as_time
 from pipeline.timing import in_child, say
 
 SIZES = (10**4, 10**6, 10**7, 10**8)
@@ -187,9 +188,9 @@ def tables_of_the_page(c: Constants = CONSTANTS) -> str:
         n = shards_of(clips, c)
         rows.append(
             [
-                _power(clips), f"{n:,}", _bytes(n * c.manifest_bytes), _bytes(n * c.index_bytes),
-                _bytes(driver_bytes(clips, c)), _duration(alone), _duration(handing), _duration(open_seconds(clips, c)),
-                _bytes(n * c.order_bytes), f"{clips * c.rows_per_clip[0]:.1e}", _bytes(n * c.record_bytes),
+                _power(clips), f"{n:,}", as_bytes(n * c.manifest_bytes), as_bytes(n * c.index_bytes),
+                as_bytes(driver_bytes(clips, c)), as_time(alone), as_time(handing), as_time(open_seconds(clips, c)),
+                as_bytes(n * c.order_bytes), f"{clips * c.rows_per_clip[0]:.1e}", as_bytes(n * c.record_bytes),
             ]
         )  # fmt: skip
     head = ["clips", "GPUs", "sharding", "epoch", "reading, GET/s", "reading, per node", "checkpoints", "resume"]
@@ -203,9 +204,9 @@ def tables_of_the_page(c: Constants = CONSTANTS) -> str:
             saved = checkpoint_bytes(c) * steps_a_second / TrainRun.checkpoint_every
             more.append(
                 [
-                    _power(clips), str(gpus), _duration(alone + max(handing, work)),
-                    _duration(clips / (gpus * c.train_rate)), f"{requests:.3g}", f"{_bytes(traffic)}/s",
-                    f"{_bytes(saved)}/s", _bytes(checkpoint_bytes(c) * gpus), _duration(seconds), f"{asked:.3g}",
+                    _power(clips), str(gpus), as_time(alone + max(handing, work)),
+                    as_time(clips / (gpus * c.train_rate)), f"{requests:.3g}", f"{as_bytes(traffic)}/s",
+                    f"{as_bytes(saved)}/s", as_bytes(checkpoint_bytes(c) * gpus), as_time(seconds), f"{asked:.3g}",
                 ]
             )  # fmt: skip
     return "\n".join([*_markdown(rows), "", *_markdown(more)])
@@ -218,20 +219,6 @@ def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _power(clips: int) -> str:
     return f"10^{round(math.log10(clips))}"
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.3g} B"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.2g} s"
 
 
 # ---- the constants, measured -----------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ class Status:
             parts.append(f"{duration(self.left)} left")
         parts += [f"{value:.0f} {name}" for name, value in self.counts.items() if value and name != "bytes"]
         if stored := self.counts.get("bytes"):
-            parts.append(size(stored))
+            parts.append(as_bytes(stored))
         if over and (whole := sum(self.seconds.values())) > 0:
             shares = (f"{phase} {100 * value / whole:.0f} %" for phase, value in self.seconds.items())
             parts.append(f"({', '.join(shares)})")
@@ -295,7 +295,15 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
 
 
-def size(count: float) -> str:
+def as_time(seconds: float) -> str:
+    """``5400`` as ``90 min``."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def as_bytes(count: float) -> str:
     """``1200000`` as ``1.2 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

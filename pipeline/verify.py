@@ -40,6 +40,7 @@ from objdyn.families import FAMILIES
 from pipeline import checkpoint, claim, loop, reader, status, stop, store, tables
 from pipeline.config import VerifyRun
 from pipeline.shard import INDEX_SCHEMA, OWNER, QUARANTINE_SCHEMA
+from pipeline.status import as_bytes
 
 Kind = Literal["damaged", "missing", "extra", "leftover"]
 DEPTH = 2
@@ -385,7 +386,7 @@ def _verify_split(folder: Folder, work: "_Work") -> str:
     for name in sorted(set(tars) - {listed["name"] for listed in shards}):
         text = f"{folder.entries[name].size} bytes; {UNNAMED if _is_shard(name) else FOREIGN}"
         folder.find("extra", name, text, removable=_is_shard(name))
-    size = _megabytes(sum(listed["bytes"] for listed in shards))
+    size = as_bytes(sum(listed["bytes"] for listed in shards))
     identity = hashlib.sha256(data).hexdigest()[:12]
     return f"dataset {identity} {manifest['split']}: {len(shards)} shards, {manifest['clips']} clips, {size}"
 
@@ -643,7 +644,7 @@ def _verify_run(folder: Folder, work: "_Work") -> str:
             _sealed(folder.at("metrics.json"), REMEASURE)
     if not contents:
         folder.notes.append("checkpoints: there is none yet")
-    size = _megabytes(sum(entry.size for name in complete for entry in contents[name].values()))
+    size = as_bytes(sum(entry.size for name in complete for entry in contents[name].values()))
     newest = f", the newest of step {max(filter(None, map(_step, complete)), default=0)}" if complete else ""
     return f"run {folder.path.rpartition('/')[2]}: {len(complete)} checkpoints{newest}, {size}"
 
@@ -780,7 +781,7 @@ def _verify_checkpoint(folder: Folder, work: "_Work") -> str:
         folder.findings += verify_checkpoint(folder.path)[1]
     else:
         folder.find("missing", "COMPLETE", "the checkpoint was not finished; give another, or its run's folder")
-    size = _megabytes(sum(entry.size for entry in folder.entries.values()))
+    size = as_bytes(sum(entry.size for entry in folder.entries.values()))
     return f"checkpoint {folder.path.rpartition('/')[2]}, {size}"
 
 
@@ -832,7 +833,7 @@ def _verify_tables(folder: Folder, work: "_Work") -> str:
             folder.find("damaged", f"parts/{name}.json", f"{text}; {again}")
         clips |= dict.fromkeys(part.clips, str(name))
     rows, size = (sum(record[table][what] for record in records for table in _TABLES) for what in ("rows", "bytes"))
-    text = f"{len(records)} parts, {len(clips)} clips, {rows} rows, {_megabytes(size)}"
+    text = f"{len(records)} parts, {len(clips)} clips, {rows} rows, {as_bytes(size)}"
     return f"tables {folder.path.rpartition('/')[2]}: {text}"
 
 
@@ -1345,10 +1346,6 @@ def _by_number(name: str) -> tuple[int, str]:
 def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 160 else f"{text[:160]}..."
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.0f} MB" if size >= 10e6 else f"{size / 1e6:.1f} MB"
 
 
 def _one_line(error: BaseException) -> str:
