@@ -21,11 +21,11 @@ quickstart: $(STAMP)
 	$(BIN)/python jobs/quickstart.py $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Kills, fills, cuts off and starves the stages in earnest, and prints what survived: half an hour.
 chaos: $(STAMP)
-	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile -m chaos tests/chaos $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m chaos tests/chaos $(ARGS)
 
 check: lint types test
 

@@ -22,7 +22,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_ENABLE_PRINT_PATCH="0",
-    RAY_metrics_report_interval_ms="500",
+    RAY_metrics_report_interval_ms="2500",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     OMP_NUM_THREADS="1",
     OMP_WAIT_POLICY="passive",
@@ -33,6 +33,18 @@ for name in ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
 
 _NUMBER = itertools.count()
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+LONGEST = (
+    "test_hostile.py", "test_s3.py", "test_training.py", "test_train.py", "test_extract.py", "test_shard.py",
+    "test_exactly_once.py", "test_poison.py", "test_tune.py", "test_quickstart.py", "test_loop.py", "test_study.py",
+)  # fmt: skip
+"""Files that take long, which come first: processes that share the tests then end at the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def pytest_unconfigure() -> None:

@@ -11,7 +11,7 @@ import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 
 from objdyn import clips
-from pipeline import cluster, loop, store
-from pipeline import extract as extraction
+from pipeline import loop, store
 from pipeline import shard as sharding
 from pipeline.config import EvaluateRun, ExtractRun, ShardRun, with_overrides
 from pipeline.evaluate import evaluate
@@ -28,6 +27,7 @@ from pipeline.extract import extract
 from pipeline.presets import PRESETS
 from pipeline.quickstart import write_mp4
 from pipeline.shard import shard
+from tests import plain
 
 RUN = with_overrides(
     PRESETS["ddlp"]["debug"],
@@ -66,20 +66,7 @@ class World(NamedTuple):
 def without_ray() -> Iterator[None]:
     """Tasks one after the other in this process: what is refused here is refused before or inside them."""
 
-    def one_by_one(task: Callable[[str], str], items: list[str], label: str) -> dict[int, str]:
-        return {i: task(item) for i, item in enumerate(items)}
-
-    def schedule(job: extraction.Job, todo: list[extraction.Part], workers: int) -> Iterator[dict[str, Any]]:
-        extractor = extraction.Extractor(job)
-        for part in todo:
-            answer = extractor({name: np.array([value]) for name, value in dataclasses.asdict(part).items()})
-            yield {name: values[0] for name, values in answer.items()}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "_run_tasks", one_by_one)
-        patch.setattr(extraction, "_schedule", schedule)
-        patch.setattr(cluster, "connect", lambda num_cpus=None: None)
-        patch.setattr(cluster, "require_shared", lambda paths: None)
+    with plain.without_ray():
         yield
 
 

@@ -22,10 +22,12 @@ The table at the end has a line per name. What was injected and not recovered fa
 import dataclasses
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+from tests.processes import Driver
 
 
 @dataclasses.dataclass
@@ -88,3 +90,15 @@ def fault() -> Callable[[str], Count]:
 def chance(request: pytest.FixtureRequest) -> random.Random:
     """Decides where faults fall: the same in every run with the same seed."""
     return random.Random(f"{SEED}/{request.node.name}")
+
+
+@pytest.fixture
+def drivers() -> Iterator[list[Driver]]:
+    """Drivers of a test, of which none may outlive it."""
+    started: list[Driver] = []
+    yield started
+    for driver in started:
+        driver.process.kill()
+        driver.process.wait()
+        if driver.process.stderr is not None:
+            driver.process.stderr.close()

@@ -20,7 +20,7 @@ import torch
 from pipeline import checkpoint, loop, store
 from pipeline.config import TrainRun, with_overrides
 from pipeline.presets import PRESETS
-from tests.chaos.processes import below
+from tests.processes import below
 
 PRESET = PRESETS["iodine"]["debug"]
 SEARCH = (

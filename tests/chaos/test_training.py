@@ -10,17 +10,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import checkpoint, failpoints, loop, stop, store, train
+from pipeline import checkpoint, failpoints, loop, stop, train
 from pipeline.config import TrainRun, with_overrides
 from pipeline.presets import PRESETS
-from pipeline.quickstart import write_videos
-from tests.chaos.processes import below, processes
+from tests.processes import Driver, below, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = REPOSITORY / "tests" / "pipeline" / "training_faults.py"
@@ -35,8 +34,6 @@ SETTINGS = {
     "device": "cpu",
 }
 RUN: TrainRun = with_overrides(PRESETS["iodine"]["debug"], SETTINGS)
-WAIT = 240.0
-"""Seconds within which anything must happen on a machine that is busy; a quiet one needs a tenth."""
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +56,9 @@ def step_of(out: Path) -> int:
     return 0
 
 
-def wait_for(what: Callable[[], Any], driver: "Driver | None" = None) -> Any:
-    """What a function gives as soon as that is something; a driver must not end before."""
-    deadline = time.monotonic() + WAIT
-    while time.monotonic() < deadline:
-        if found := what():
-            return found
-        if driver is not None and driver.process.poll() is not None:
-            raise ChildProcessError(f"the driver ended: {driver.end()}")
-        time.sleep(0.02)
-    raise TimeoutError("it did not happen")
+def trainer(out: Path, *words: str, **environment: str) -> Driver:
+    settings = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return Driver("train_iodine.py", "debug", *settings, "--out", str(out), *words, **environment)
 
 
 def workers(process: int) -> list[int]:
@@ -129,12 +119,12 @@ def test_a_worker_of_ray_is_killed_then_stopped(
 
 @pytest.mark.chaos
 def test_a_worker_that_hangs_before_it_trains_is_replaced(
-    fault: Callable[[str], Any], undisturbed: Path, tmp_path: Path, drivers: list["Driver"]
+    fault: Callable[[str], Any], undisturbed: Path, tmp_path: Path, drivers: list[Driver]
 ) -> None:
     out, counts, count = tmp_path / "run", tmp_path / "counts", fault("train worker that hangs as it starts (Ray)")
     counts.mkdir()
     rules = {failpoints.VARIABLE: "meet=hang*1", failpoints.FOLDER: str(counts)}
-    drivers.append(Driver.training(out, "--stall-seconds", "5", **rules))
+    drivers.append(trainer(out, "--stall-seconds", "5", **rules))
     wait_for(lambda: any(counts.iterdir()), drivers[-1])
     count.injected += 1
     begin = time.monotonic()
@@ -147,48 +137,6 @@ def test_a_worker_that_hangs_before_it_trains_is_replaced(
     assert tensors_of(out) == tensors_of(undisturbed)
 
 
-class Driver:
-    """A job as its user starts it, with a Ray of its own."""
-
-    def __init__(self, job: str, *words: str, **environment: str) -> None:
-        kept = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "jobs" / job), *words],
-            env={**kept, "PYTHONPATH": str(REPOSITORY), **environment},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        self.started: set[int] = set()
-
-    @classmethod
-    def training(cls, out: Path, *words: str, **environment: str) -> "Driver":
-        settings = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        return cls("train_iodine.py", "debug", *settings, "--out", str(out), *words, **environment)
-
-    def watch(self) -> None:
-        """Remember what it has started."""
-        self.started |= set(below(self.process.pid))
-
-    def left(self) -> set[int]:
-        """Those of them that are there, and no mere remains of a process."""
-        return {child for child in self.started if child in (known := processes()) and known[child][1]}
-
-    def end(self) -> tuple[int, str]:
-        said = self.process.communicate(timeout=WAIT)[1]
-        return self.process.returncode, said
-
-
-@pytest.fixture
-def drivers() -> Iterator[list[Driver]]:
-    """Drivers of a test, of which none may outlive it."""
-    started: list[Driver] = []
-    yield started
-    for driver in started:
-        driver.process.kill()
-        driver.process.wait()
-
-
 @pytest.mark.chaos
 def test_a_driver_is_killed_then_preempted(
     fault: Callable[[str], Any], chance: random.Random, undisturbed: Path, tmp_path: Path, drivers: list[Driver]
@@ -196,7 +144,7 @@ def test_a_driver_is_killed_then_preempted(
     out = tmp_path / "run"
     killed, preempted = fault("kill -9 of a training's driver"), fault("SIGTERM to a training's driver (spot)")
     kill_at, stop_at = chance.randint(EVERY + 1, 2 * EVERY), chance.randint(2 * EVERY + 2, 3 * EVERY - 2)
-    drivers.append(Driver.training(out))
+    drivers.append(trainer(out))
     wait_for(lambda: step_of(out) >= kill_at, drivers[-1])
     drivers[-1].watch()
     drivers[-1].process.kill()
@@ -207,7 +155,7 @@ def test_a_driver_is_killed_then_preempted(
     assert saved is not None
     drivers[-1].end()
 
-    drivers.append(Driver.training(out, "--resume"))
+    drivers.append(trainer(out, "--resume"))
     wait_for(lambda: step_of(out) == saved + 1, drivers[-1])
     killed.recovered(time.monotonic() - begin)
     wait_for(lambda: step_of(out) >= stop_at, drivers[-1])
@@ -226,7 +174,7 @@ def test_a_driver_is_killed_then_preempted(
     wait_for(lambda: not drivers[-1].left())
     assert not (out / stop.FILE).exists()
 
-    drivers.append(Driver.training(out, "--resume"))
+    drivers.append(trainer(out, "--resume"))
     wait_for(lambda: step_of(out) == last + 1, drivers[-1])
     preempted.recovered(time.monotonic() - ended)
     status, said = drivers[-1].end()
@@ -236,42 +184,3 @@ def test_a_driver_is_killed_then_preempted(
     assert tensors_of(out) == tensors_of(undisturbed)
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert names == sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
-
-
-@pytest.mark.chaos
-def test_a_sharding_is_preempted_and_finished_by_the_same_command(
-    fault: Callable[[str], Any], tmp_path: Path, drivers: list[Driver]
-) -> None:
-    videos, counts, count = tmp_path / "videos", tmp_path / "counts", fault("SIGTERM to a sharding (spot)")
-    counts.mkdir()
-    write_videos(str(videos), "train", count=3, frames=20)
-    job = ["make_shards.py", "--source", str(videos), "--frames", "4", "--size", "32", "--clips-per-shard", "4"]
-    rules = {failpoints.VARIABLE: "decode:build=hang*1", failpoints.FOLDER: str(counts)}
-    drivers.append(Driver(*job, "--out", str(tmp_path / "out"), **rules))
-    wait_for(lambda: any(counts.iterdir()), drivers[-1])
-    drivers[-1].watch()
-    drivers[-1].process.terminate()
-    count.injected += 1
-    begin = time.monotonic()
-    status, said = drivers[-1].end()
-    assert (status, "error: preempted by SIGTERM; run the same command again" in said) == (stop.STATUS, True), said
-    assert time.monotonic() - begin < 40
-    wait_for(lambda: not drivers[-1].left())
-    for out in (tmp_path / "out", tmp_path / "undisturbed"):
-        drivers.append(Driver(*job, "--out", str(out)))
-        status, said = drivers[-1].end()
-        assert status == 0, said
-    count.recovered()
-    ours, theirs = (shards_of(tmp_path / name) for name in ("out", "undisturbed"))
-    count.wrong += ours != theirs
-    assert ours == theirs
-    assert len(ours) > 3
-
-
-def shards_of(out: Path) -> dict[str, bytes]:
-    """Every file of a dataset but what a killed process left under a temporary name."""
-    return {
-        path.relative_to(out).as_posix(): path.read_bytes()
-        for path in out.rglob("*")
-        if path.is_file() and not store.is_temporary(path.name)
-    }

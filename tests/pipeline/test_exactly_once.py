@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import cluster
 from pipeline import shard as sharding
 from pipeline.config import ShardRun
 from pipeline.quickstart import write_mp4
+from tests import plain
 
 STAGES = ["shard", "shard (mend)", "train", "extract", "extract (mend)"]
 
@@ -59,10 +59,7 @@ def test_workers_killed_in_the_middle_of_a_shard_leave_the_same_dataset(
     for name, length in (("a.mp4", 6), ("b.mp4", 10)):
         write_mp4(str(source / name), np.full((length, 16, 16, 3), 90, np.uint8), 25.0)
     undisturbed = ShardRun(source=str(source), out=str(tmp_path / "undisturbed"), frames=3, size=16, clips_per_shard=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(sharding, "_run_tasks", lambda task, items, label: {i: task(v) for i, v in enumerate(items)})
-        patch.setattr(cluster, "connect", lambda num_cpus: None)
-        patch.setattr(cluster, "require_shared", lambda paths: None)
+    with plain.without_ray():
         sharding.shard(undisturbed)
 
     rules, folder = "write:shard-00000=kill*1; publish:shard-00002=kill*1", str(counts)

@@ -5,13 +5,8 @@ import io
 import itertools
 import json
 import os
-import signal
-import subprocess
-import sys
 import tarfile
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +21,14 @@ from objdyn.families import FAMILIES, build, describe
 from objdyn.interface import Scene
 from objdyn.metrics.segmentation import match_tracks, segment
 from pipeline import extract as module
-from pipeline import failpoints, store, tables, verify
+from pipeline import store, tables, verify
 from pipeline.checkpoint import config_to_json, load_model, save_checkpoint
 from pipeline.config import ExportRun, ExtractRun, InterpolateRun, VerifyRun
 from pipeline.export import export
-from pipeline.extract import Extractor, clip_blocks, extract
+from pipeline.extract import clip_blocks, extract
 from pipeline.presets import PRESETS
 from pipeline.reader import iter_clips, open_source
+from tests import plain
 
 FRAMES, CONTEXT, HORIZON = 5, 3, 4
 SHARDS = (3, 2, 1)
@@ -140,16 +136,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_ray() -> Iterator[None]:
     """The parts one after the other in this process; what Ray adds is tested with Ray below."""
-
-    def schedule(job: module.Job, todo: list[module.Part], workers: int):
-        extractor = Extractor(job)
-        for part in todo:
-            answer = extractor({name: np.array([value]) for name, value in dataclasses.asdict(part).items()})
-            yield {name: values[0] for name, values in answer.items()}
-
-    monkeypatch.setattr(module, "_schedule", schedule)
+    with plain.without_ray():
+        yield
 
 
 @pytest.fixture
@@ -832,48 +822,6 @@ def test_ray_writes_the_same_tables_and_does_the_deleted_part_again(
     Path(run.out, "objects", "shard-00001.parquet").unlink()
     extract(run)
     assert files(run.out) == before
-
-
-SCRIPT = """
-import json, sys
-from pipeline.checkpoint import config_from_json
-from pipeline.config import ExtractRun
-from pipeline.extract import extract
-extract(config_from_json(ExtractRun, json.loads(sys.argv[1])))
-"""
-
-
-@pytest.mark.usefixtures("without_ray")  # for the rerun; the extraction that is killed runs with Ray
-def test_a_worker_killed_while_it_writes_then_all_killed_then_a_rerun_give_equal_tables(
-    make_run: Callable[..., ExtractRun], tmp_path: Path, repository: Path
-):
-    folder = write_dataset(tmp_path / "data", sizes=(1,) * 12)
-    run = make_run("killed", data=folder)
-    parts, counts = Path(run.out, "parts"), tmp_path / "counts"
-    counts.mkdir()
-    faults = {failpoints.VARIABLE: "write:frames/.shard=kill*1@3", failpoints.FOLDER: str(counts)}
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as ray_folder:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(run))],
-            cwd=repository,
-            env={**os.environ, "RAY_TMPDIR": ray_folder, **faults},
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 120
-        while not (parts.is_dir() and os.listdir(parts)):
-            assert process.poll() is None, "the extraction ended before it was killed"
-            assert time.monotonic() < deadline, "no part was done in two minutes"
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not Path(run.out, "manifest.json").exists()
-    assert [path.name for path in counts.iterdir()] == ["0-0"]
-    extract(run)
-    undisturbed = make_run("undisturbed", data=folder)
-    extract(undisturbed)
-    assert files(run.out) == files(undisturbed.out)
-    keys = tables.read_objects(run.out).select(tables.OBJECT_KEY)
-    assert keys.group_by(list(tables.OBJECT_KEY)).aggregate([]).num_rows == keys.num_rows
 
 
 # Edits and samples

@@ -10,12 +10,13 @@ from objdyn.clips import collate, to_model_input
 from objdyn.families import build
 from objdyn.metrics import segmentation
 from objdyn.simulators import bouncing_balls
-from pipeline import cluster, protocol, store
+from pipeline import protocol, store
 from pipeline import shard as sharding
 from pipeline.checkpoint import config_to_json, load_model, save_checkpoint
 from pipeline.config import EvaluateRun, ShardRun
 from pipeline.presets import PRESETS
 from pipeline.protocol import Row, Table, bouncing_balls_protocol, more_balls, render
+from tests import plain
 
 OPTIONS = bouncing_balls.parse("balls=4,size=32,colors=4,frames=12")
 
@@ -127,13 +128,11 @@ def test_balls_that_do_not_fit_get_the_radii_of_the_paper():
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def folder(tmp_path: Path) -> str:
     """Two colour videos of 12 frames, as make_shards.py leaves them."""
-    monkeypatch.setattr(sharding, "_run_tasks", lambda task, items, label: {i: task(x) for i, x in enumerate(items)})
-    monkeypatch.setattr(cluster, "connect", lambda num_cpus=None: None)
-    monkeypatch.setattr(cluster, "require_shared", lambda paths: None)
     out = str(tmp_path / "data")
-    sharding.shard(ShardRun(source=f"sim:{OPTIONS.name}", out=out, split="test", frames=12, size=32, limit=2))
+    with plain.without_ray():
+        sharding.shard(ShardRun(source=f"sim:{OPTIONS.name}", out=out, split="test", frames=12, size=32, limit=2))
     return out
 
 

@@ -20,6 +20,7 @@ from pipeline import store
 from pipeline.config import ShardRun
 from pipeline.quickstart import write_mp4
 from pipeline.shard import Quarantined, Survey, build_shard, plan_shards, shard
+from tests import plain
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -323,12 +324,9 @@ def test_simulated_episodes_keep_their_truth(tmp_path: Path) -> None:
 def test_a_url_serves_as_source_and_target(
     source: Path, dataset: Path, s3_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_by_one(task, items, label):
-        return {i: task(item) for i, item in enumerate(items)}
-
     for path in source.iterdir():
         store.publish(store.join(s3_folder, "clips", path.name), path.read_bytes())
-    monkeypatch.setattr(sharding, "_run_tasks", one_by_one)  # the session's Ray workers lack this server's address
+    monkeypatch.setattr(sharding, "_run_tasks", plain.run_tasks)  # the session's Ray workers lack this server's address
     shard(run_of(f"{s3_folder}/clips", f"{s3_folder}/data"))
     for name, data in files(dataset).items():
         assert store.read_bytes(store.join(s3_folder, "data/train", name)) == data

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,12 @@ import pytest
 
 from objdyn.clips import Clip, from_sample
 from objdyn.datasets import Found, Video, clevrer
-from pipeline import cluster
 from pipeline import shard as sharding
 from pipeline.config import ShardRun, VerifyRun
 from pipeline.quickstart import write_mp4
 from pipeline.shard import Survey, plan_shards, shard
 from pipeline.verify import verify
+from tests import plain
 
 FRAMES = 60
 
@@ -66,13 +67,10 @@ def run_of(source: Path | str, out: Path | str, **changes: Any) -> ShardRun:
 
 
 @pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_ray() -> Iterator[None]:
     """Tasks one after the other, in this process: test_shard.py has them done by Ray."""
-    monkeypatch.setattr(
-        sharding, "_run_tasks", lambda task, items, label: {i: task(item) for i, item in enumerate(items)}
-    )
-    monkeypatch.setattr(cluster, "connect", lambda workers: None)
-    monkeypatch.setattr(cluster, "require_shared", lambda paths: None)
+    with plain.without_ray():
+        yield
 
 
 def survey(run: ShardRun) -> Survey:

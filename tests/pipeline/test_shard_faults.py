@@ -5,7 +5,7 @@ import errno
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,21 +17,18 @@ from PIL import Image
 
 from objdyn.clips import NO_LIMITS
 from objdyn.datasets import LAYOUTS, Limits, Open, Video
-from pipeline import cluster, store
 from pipeline import shard as sharding
+from pipeline import store
 from pipeline.config import ShardRun
 from pipeline.quickstart import write_mp4
 from pipeline.shard import shard
+from tests import plain
 
 
 @pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_by_one(task, items, label):
-        return {i: task(item) for i, item in enumerate(items)}
-
-    monkeypatch.setattr(sharding, "_run_tasks", one_by_one)
-    monkeypatch.setattr(cluster, "connect", lambda num_cpus: None)
-    monkeypatch.setattr(cluster, "require_shared", lambda paths: None)
+def no_ray() -> Iterator[None]:
+    with plain.without_ray():
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pipeline import shard as sharding
 from pipeline import store
 from pipeline.config import ShardRun
 from pipeline.shard import plan_shards, shard
+from tests import plain
 
 
 def run_of(source: Path | str, out: Path | str, **changes: Any) -> ShardRun:
@@ -80,10 +80,7 @@ def test_splits_by_time_share_no_frame_and_start_and_stop_override_them() -> Non
 def test_arrays_are_read_from_object_storage(
     tmp_path: Path, s3_folder: str, monkeypatch: pytest.MonkeyPatch, ray_local: None
 ) -> None:
-    def one_by_one(task: Callable[[str], str], items: Sequence[str], label: str) -> dict[int, str]:
-        return {i: task(item) for i, item in enumerate(items)}
-
-    monkeypatch.setattr(sharding, "_run_tasks", one_by_one)  # the session's Ray workers lack this server's address
+    monkeypatch.setattr(sharding, "_run_tasks", plain.run_tasks)  # the session's Ray workers lack this server's address
     array = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), np.uint8)
     np.save(tmp_path / "a.npy", array)
     store.publish(store.join(s3_folder, "in", "a.npy"), (tmp_path / "a.npy").read_bytes())

@@ -1,6 +1,5 @@
 """The one test that starts Ray Train: two workers, one of them killed in the middle."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +15,7 @@ import torch
 from pipeline import checkpoint, claim, loop, train
 from pipeline.config import TrainRun, with_overrides
 from pipeline.presets import PRESETS
+from tests.processes import below
 
 # the batch falls into the same micro-batches, so with the same noise, on one worker and on two
 RUN = with_overrides(
@@ -59,16 +59,7 @@ def test_a_writer_that_has_not_ended_yet_is_waited_for_by_another_attempt(tmp_pa
 
 def worker_processes() -> list[int]:
     """Processes of this session's own Ray in which the training function runs."""
-    parents, titles = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                titles[int(entry.name)] = (entry / "cmdline").read_bytes()
-    ours = {os.getpid()}
-    while grown := {child for child, parent in parents.items() if parent in ours} - ours:
-        ours |= grown
-    return sorted(process for process in ours if b"RayTrainWorker" in titles.get(process, b""))
+    return sorted(child for child, line in below(os.getpid()).items() if b"RayTrainWorker" in line)
 
 
 def kill_a_worker_after_the_first_checkpoint(out: str, killed: list[int]) -> None:

@@ -110,7 +110,7 @@ def test_a_trial_on_a_full_disk_halts_the_sweep(tmp_path, reports, monkeypatch):
     assert "trials/0000/seed-0/checkpoints" in reports[-1]["halt"]
 
 
-def sweep_run(folder: Path, **fields: Any) -> SweepRun:
+def sweep_run(folder: Path | str, **fields: Any) -> SweepRun:
     return SweepRun(**({"preset": "iodine/debug", "out": str(folder), "search": SEARCH} | fields))
 
 

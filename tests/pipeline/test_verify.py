@@ -22,7 +22,7 @@ from torch import nn
 
 from objdyn import families
 from objdyn.clips import Clip, from_sample, to_sample
-from pipeline import checkpoint, cluster, loop, status, store, tables
+from pipeline import checkpoint, loop, status, store, tables
 from pipeline import extract as extraction
 from pipeline import shard as sharding
 from pipeline import verify as module
@@ -30,6 +30,7 @@ from pipeline.config import ExtractRun, ShardRun, VerifyRun
 from pipeline.presets import PRESETS
 from pipeline.reader import iter_clips, open_source
 from pipeline.verify import FaultError, verify, verify_checkpoint, verify_part, verify_shard, verify_table
+from tests import plain
 
 FLIPS = 300
 FRAMES, CONTEXT, HORIZON = 5, 2, 4
@@ -40,20 +41,7 @@ TALLY: dict[str, tuple[int, int, int]] = {}
 @pytest.fixture(scope="module")
 def without_ray() -> Iterator[None]:
     """The tasks of sharding and the parts of extraction one after the other in this process."""
-
-    def schedule(job: extraction.Job, todo: list[extraction.Part], workers: int) -> Iterator[dict[str, Any]]:
-        extractor = extraction.Extractor(job)
-        for part in todo:
-            answer = extractor({name: np.array([value]) for name, value in dataclasses.asdict(part).items()})
-            yield {name: values[0] for name, values in answer.items()}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sharding, "_run_tasks", lambda task, items, label: {i: task(item) for i, item in enumerate(items)}
-        )
-        patch.setattr(extraction, "_schedule", schedule)
-        patch.setattr(cluster, "connect", lambda *_: None)
-        patch.setattr(cluster, "require_shared", lambda paths: None)
+    with plain.without_ray():
         yield
 
 

@@ -3,25 +3,24 @@
 And who sees which clip in training.
 """
 
-import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline import cluster as ray_cluster
 from pipeline import extract, loop, shard, store, tables
 from pipeline.config import ExtractRun, ShardRun, with_overrides
 from pipeline.presets import PRESETS
 from pipeline.quickstart import write_mp4
 from pipeline.reader import iter_clips, open_source
+from tests import plain
 
 pytestmark = pytest.mark.chaos
 
@@ -52,12 +51,6 @@ class Made:
 def made(room: Any) -> Made:
     """A dataset, a run and tables made by plain loops in this process."""
 
-    def schedule(job: extract.Job, todo: list[extract.Part], workers: int) -> Iterator[dict[str, Any]]:
-        extractor = extract.Extractor(job)
-        for part in todo:
-            answer = extractor({name: np.array([value]) for name, value in dataclasses.asdict(part).items()})
-            yield {name: values[0] for name, values in answer.items()}
-
     made = Made(room.shared / "stages")
     made.videos.mkdir(parents=True)
     for number in range(VIDEOS):
@@ -65,11 +58,7 @@ def made(room: Any) -> Made:
         for i in range(len(frames)):
             frames[i, 4 + i : 20 + i, 8 : 24 + number] = 220
         write_mp4(str(made.videos / f"video-{number}.mp4"), frames, 25.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard, "_run_tasks", lambda task, items, label: {i: task(item) for i, item in enumerate(items)})
-        patch.setattr(extract, "_schedule", schedule)
-        patch.setattr(ray_cluster, "connect", lambda *args, **kwargs: None)
-        patch.setattr(ray_cluster, "require_shared", lambda paths: None)
+    with plain.without_ray():
         videos, data = str(made.videos), str(made.data)
         shard.shard(ShardRun(source=videos, out=data, frames=FRAMES, clips_per_shard=1, split="train"))
         settings = {"out": str(made.run), "data": str(made.data), "steps": 2, "threads": 1, "eval_every": 0}
