@@ -193,7 +193,7 @@ def samples(port: int) -> dict[tuple[str, str, str], float]:
     found = {}
     for name, labels, value in re.findall(r"^ray_objdyn_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
         label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        assert label["stage"] == name.partition("_")[0]
+        assert name.startswith(label["stage"].replace(" ", "_") + "_")  # "probe alone" has probe_alone_done_total
         found[name, f"{label['split']} {label['family']}".strip(), label.get("phase", "")] = float(value)
     return found
 
