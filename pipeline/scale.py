@@ -24,7 +24,7 @@ from objdyn.datasets import Video
 from pipeline import reader, shard, store
 from pipeline.config import ExtractRun, LoaderConfig, ShardRun, TrainRun
 from pipeline.status import as_bytes, as_time
-from pipeline.timing import in_child, say
+from pipeline.timing import in_child, new_processes, say
 
 SIZES = (10**4, 10**6, 10**7, 10**8)
 """Clips of the page's tables."""
@@ -36,8 +36,10 @@ TASKS = 300
 """Empty tasks of which Ray's own time is measured."""
 MICRO_BATCHES = 4
 """Of a step whose workers are counted."""
-SHARD_CLIPS, PART_CLIPS, PARTS = 60, 8, 24
+SHARD_CLIPS, PART_CLIPS, PARTS = 60, 8, 100
 """Of what is sharded and extracted while workers are counted."""
+LOOK_SECONDS = 0.05
+"""What one of several workers waits before it is given more: Ray Data 2.60 looks when all have ended, or each 0.1 s."""
 
 Report = dict[str, Any]
 
@@ -156,14 +158,21 @@ def extracting(clips: float, gpus: int, c: Constants = CONSTANTS) -> tuple[float
 
 
 def seconds_per_task(work: float, task: float, workers: int, cores: int) -> float:
-    """What a task takes of a stage's time: ``work`` in a worker and ``task`` in Ray, on cores that both share."""
-    return max(work / workers, task, (work + task) / cores)
+    """What a task takes of a stage's time: ``work`` in a worker and ``task`` in Ray, on cores that both share.
+
+    A worker has no second task to begin with while it waits for Ray.
+    """
+    wait = task + (LOOK_SECONDS if workers > 1 else 0.0)
+    return max(work / min(workers, cores) + wait / workers, task, (work + task) / cores)
 
 
-def seconds_per_step(micro_batch: float, rest: float, workers: int, cores: int) -> float:
-    """What a step of ``MICRO_BATCHES`` takes: they are shared out, ``rest`` (the optimiser) is done by every worker."""
+def seconds_per_step(micro_batch: float, rest: float, exchange: float, workers: int, cores: int) -> float:
+    """What a step of ``MICRO_BATCHES`` takes: they are shared out, ``rest`` (the optimiser) is done by every worker.
+
+    ``exchange`` is for gradients and, most of it, for waiting until the slowest worker has its own.
+    """
     at_once = min(workers, cores)
-    return MICRO_BATCHES * micro_batch / at_once + rest * workers / at_once
+    return MICRO_BATCHES * micro_batch / at_once + rest * workers / at_once + (exchange if workers > 1 else 0.0)
 
 
 # ---- the page's tables -----------------------------------------------------------------------------------------------
@@ -298,18 +307,21 @@ def measure(folder: str, videos: str, data: str, checkpoint: str, run: TrainRun)
     say("scale: constants")
     found = in_child(measure_constants)
     stages: dict[str, dict[str, Report]] = {"probe": {}, "build": {}, "train": {}, "extract": {}}
-    say("scale: the same work bare")
-    bare = in_child(_sharding, videos, os.path.join(folder, "shards"), 0)
-    part = in_child(_extraction_bare, checkpoint, data, os.path.join(folder, "tables-bare"))
-    micro_batch, rest = in_child(_training_bare, run, os.path.join(folder, "run-bare"))
     cores = os.cpu_count() or 1
     waits = []
-    for workers in WORKERS:
+    for workers in WORKERS:  # each beside the same work bare, since machines are of another speed by the minute
+        say("scale: the same work bare")
+        bare = in_child(_sharding, videos, os.path.join(folder, "shards"), 0)
+        part = in_child(_extraction_bare, checkpoint, data, os.path.join(folder, f"tables-bare-{workers}"))
+        micro_batch, rest = in_child(_training_bare, run, os.path.join(folder, f"run-bare-{workers}"))
+        together = _two_without_ray(run, os.path.join(folder, f"run-two-{workers}"))
+        exchange = max(0.0, together - seconds_per_step(micro_batch, rest, 0.0, 2, cores))
         say(f"scale: {workers} workers")
         sharded = in_child(_sharding, videos, os.path.join(folder, "shards"), workers)
         waits.append(sharded["task"])
         rates = {name: sharded[name] for name in ("probe", "build")}
-        rates |= in_child(_training_and_extraction, workers, run, checkpoint, data, folder)
+        rates["train"] = in_child(_training, workers, run, os.path.join(folder, f"run-{workers}"))
+        rates["extract"] = in_child(_extraction, workers, checkpoint, data, os.path.join(folder, f"tables-{workers}"))
         items = shard.items_per_task(sharded["videos"], workers)
         work = {"probe": items / bare["probe"], "build": SHARD_CLIPS / bare["build"], "extract": part}
         predicted = {
@@ -317,7 +329,7 @@ def measure(folder: str, videos: str, data: str, checkpoint: str, run: TrainRun)
             / {"probe": items, "build": SHARD_CLIPS}.get(name, 1)
             for name in work
         }
-        predicted["train"] = seconds_per_step(micro_batch, rest, workers, cores)
+        predicted["train"] = seconds_per_step(micro_batch, rest, exchange, workers, cores)
         for name, seconds in predicted.items():
             error = 1 / seconds / rates[name] - 1
             stages[name][str(workers)] = {"predicted": 1 / seconds, "measured": rates[name], "error": error}
@@ -373,6 +385,18 @@ def _training_bare(run: TrainRun, out: str) -> tuple[float, float]:
     return micro_batch, max(0.0, seconds[0] - micro_batch)
 
 
+def _two_without_ray(run: TrainRun, out: str) -> float:
+    """Seconds of a step that two workers share."""
+    from pipeline import benchmark
+
+    run = dataclasses.replace(run, out=out, workers=2)
+    with new_processes(2) as pool, benchmark._silence():
+        for done in [pool.submit(benchmark.train_together, run, rank, f"{out}-meeting") for rank in range(2)]:
+            done.result()
+    steps, seconds = benchmark.counted_steps(out)
+    return seconds / steps
+
+
 def _step(run: TrainRun, train: Callable[[TrainRun], object] | None) -> float:
     from pipeline import benchmark
 
@@ -390,21 +414,27 @@ def _extraction_bare(checkpoint: str, data: str, out: str) -> float:
     return found["seconds"] / (PARTS - 1)
 
 
-def _training_and_extraction(workers: int, run: TrainRun, checkpoint: str, data: str, folder: str) -> dict[str, float]:
-    """Steps and parts per second."""
-    from pipeline import benchmark, cluster, extract, train
+def _training(workers: int, run: TrainRun, out: str) -> float:
+    """Steps per second."""
+    from pipeline import cluster, train
 
     cluster.connect(workers + 1)  # Ray Train wants one beside its workers'
-    out = os.path.join(folder, f"tables-{workers}")
+    return 1 / _step(dataclasses.replace(run, out=out, workers=workers), train.train)
+
+
+def _extraction(workers: int, checkpoint: str, data: str, out: str) -> float:
+    """Parts per second."""
+    from pipeline import benchmark, cluster, extract
+
+    cluster.connect(workers)
     with benchmark._silence():
         extract.extract(
             ExtractRun(checkpoint, data, out, "train", batch_size=PART_CLIPS, workers=workers, device="cpu")
         )
     done = sorted(os.stat(entry.path).st_mtime for entry in os.scandir(os.path.join(out, "parts")))
-    # Until every worker has done one there is the start-up.
-    parts = (len(done) - workers) / (done[-1] - done[workers - 1])
-    out = os.path.join(folder, f"run-{workers}")
-    return {"extract": parts, "train": 1 / _step(dataclasses.replace(run, out=out, workers=workers), train.train)}
+    # Workers that are up first do many parts before the others have imported torch, which takes the cores, too.
+    done = done[len(done) // 2 :]
+    return (len(done) - 1) / (done[-1] - done[0])
 
 
 def _open(manifest: bytes, index: bytes, shards: int) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,31 @@ def test_ratio_is_taken_inside_pairs() -> None:
 def test_ratio_is_per_process() -> None:
     report = compare([(Arm(40, 10, slots=4), Arm(10, 10, slots=1))], "clips/s", 0.9)
     assert report["ratio"]["median"] == 1
+
+
+def test_two_workers_make_the_passes_of_one_and_then_share_one_pass(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def compared(label: str, times: int, two: Callable[[], Arm], one: Callable[[], Arm]) -> list[tuple[Arm, Arm]]:
+        return [(two(), one())]
+
+    def together(run: TrainRun, rank: int, meeting: str) -> None:
+        passes.append((run.workers, run.optim.batch_size, run.micro_batch_size))
+
+    passes: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(benchmark, "alternate", compared)
+    monkeypatch.setattr(benchmark, "in_child", lambda function, *rest: {"seconds": {"median": 4.0}})
+    monkeypatch.setattr(benchmark, "new_processes", lambda world: ThreadPoolExecutor(1))
+    monkeypatch.setattr(benchmark, "train_together", together)
+    monkeypatch.setattr(benchmark, "counted_steps", lambda out, after: (passes[-1][0], 1.0))
+    monkeypatch.setattr(benchmark.shutil, "copytree", lambda old, new: new)
+    preset = dataclasses.replace(PRESETS["iodine"]["debug"], optim=OptimConfig(batch_size=8, micro_batch_size=2))
+    run = BenchmarkRun("iodine", "debug", parts=("workers",))
+    report = benchmark._Bench(run, preset, torch.device("cpu"), 1, str(tmp_path)).workers()
+    assert passes == [(2, 4, 2), (2, 4, 2), (1, 4, 2), (2, 2, 1), (2, 2, 1), (1, 2, 2)]
+    assert (report["clips"], report["halved"]["clips"]) == (4, 2)
+    assert (report["target"], report["met"], report["halved"]["met"]) == (1.6, True, None)
+    assert [line.split()[0] for line in benchmark._stage_table({"workers": report}, None)[2:4]] == ["workers", "halved"]
 
 
 def report_of(training: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[str, dict[str, Any]]:
