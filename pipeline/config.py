@@ -308,7 +308,8 @@ class TrainRun:
     """Newest checkpoints to keep; the best one by held-out reconstruction is kept beside them."""
     stall_seconds: float = 900.0
     """A worker ends itself, and Ray starts all of them again from the last checkpoint, when for so many seconds no
-    micro-batch, evaluated clip or file of a checkpoint was done. More than a checkpoint takes to save."""
+    micro-batch, evaluated clip or file of a checkpoint was done. More than a checkpoint takes to save. The workers have
+    as long, and 30 s for their imports, to meet at all."""
     grace_seconds: float = 25.0
     """After SIGTERM the workers may take so long to finish their step and to save it; then the job ends without."""
     stages: tuple[str, ...] = ()

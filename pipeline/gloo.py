@@ -4,6 +4,7 @@ Gloo, which joins workers on CPUs, listens where the machine's own name leads. B
 which no other node reaches; on a laptop it may be an address that everyone in the network does. NCCL finds its way.
 """
 
+import importlib
 import os
 import socket
 import struct
@@ -28,7 +29,7 @@ _SIOCGIFADDR = 0x8915
 class _Backend(TorchConfig().backend_cls):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         def meet() -> None:
-            worker_group.execute(name_interface)
+            worker_group.execute(get_ready)
             super(_Backend, self).on_start(worker_group, backend_config)
 
         within(backend_config.timeout_s + IMPORT_SECONDS, meet)
@@ -48,7 +49,9 @@ class AddressedTorchConfig(TorchConfig):
 
 
 def within(seconds: float, meet: Callable[[], None]) -> None:
-    """Let workers meet, but not for ever: Ray itself waits without end for one that hangs before it trains.
+    """Let workers that are up meet, but not for ever: Ray itself waits without end for one that hangs by then.
+
+    For one that hangs while Ray starts its process Ray still waits; no setting of Ray 2.60 bounds that.
 
     Raises:
         WorkerGroupError: they have not met; Ray then ends all of them.
@@ -70,9 +73,15 @@ def within(seconds: float, meet: Callable[[], None]) -> None:
         raise raised[0]
 
 
+def get_ready() -> None:
+    """Import in this worker what it is to run, for which Ray would wait without end, and name Gloo's interface."""
+    failpoints.reach("meet")
+    importlib.import_module("pipeline.train")
+    name_interface()
+
+
 def name_interface() -> None:
     """Tell Gloo in this worker the interface of its node's address; where none is found it does what it always did."""
-    failpoints.reach("meet")
     interface = interface_of(ray.util.get_node_ip_address())
     if interface is not None:
         os.environ.setdefault(VARIABLE, interface)

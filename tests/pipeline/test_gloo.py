@@ -7,6 +7,7 @@ import threading
 
 import pytest
 from ray.train import WorkerGroupError
+from ray.train.torch import TorchConfig
 
 from pipeline import gloo
 
@@ -59,17 +60,23 @@ def test_workers_that_do_not_meet_are_given_up_and_what_they_raise_is_passed_on(
 
 def test_backend_bounds_the_meeting_by_the_patience_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     class Group:
-        """Of one worker that hangs in whatever it is told."""
+        """Of one worker that does what it is told once it is released."""
 
         released = threading.Event()
 
         def execute(self, function: object) -> None:
-            assert function is gloo.name_interface
-            self.released.wait(60)
-            raise ChildProcessError("it is ended")
+            assert function is gloo.get_ready
+            assert self.released.wait(60)
 
+    joined: list[object] = []
+    monkeypatch.setattr(TorchConfig().backend_cls, "on_start", lambda self, group, config: joined.append(group))
     monkeypatch.setattr(gloo, "IMPORT_SECONDS", 0.05 - 1)
-    config = gloo.AddressedTorchConfig(timeout_s=1)
-    with pytest.raises(WorkerGroupError):
-        config.backend_cls().on_start(Group(), config)
-    Group.released.set()
+    config, group = gloo.AddressedTorchConfig(timeout_s=1), Group()
+    with pytest.raises(WorkerGroupError, match=r"within 0\.05 s"):
+        config.backend_cls().on_start(group, config)
+    assert not joined
+    group.released.set()
+    monkeypatch.setattr(gloo, "IMPORT_SECONDS", 60.0)
+    other = Group()
+    config.backend_cls().on_start(other, config)
+    assert joined[-1] is other  # by Ray's own part, which makes the process group
