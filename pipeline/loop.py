@@ -110,7 +110,8 @@ def open_run(run: TrainRun) -> TrainRun:
     """
     again = run.resume or run.resume_if_exists
     if again and not run.out:
-        raise ValueError("--resume needs --out, the folder of the run to continue")
+        flag = "--resume" if run.resume else "--resume-if-exists"
+        raise ValueError(f"{flag} needs --out, the folder of the run to continue")
     if run.force and not again:
         raise ValueError("--force needs --resume: it continues a run although its settings, code or data changed")
     perceptual.require(run)

@@ -127,13 +127,13 @@ class SweepStudy:
 
     @staticmethod
     def is_in(location: str, name: str) -> bool:
-        """Tell whether a storage holds a study of that name; one that a killed process did not finish is none.
+        """Tell whether a storage holds a study of that name; one whose creation was cut off is removed first.
 
         Raises:
             ValueError: the storage cannot be opened.
         """
-        file = location.removeprefix("sqlite:///")
-        if "://" not in file and not os.path.exists(file):  # to open it would make it
+        file = storage_file(location)
+        if file is not None and not os.path.exists(file):  # to open it would make it
             return False
         storage = open_storage(location)
         _remove_unborn(storage, name)
@@ -452,6 +452,21 @@ def open_storage(location: str) -> "optuna.storages.BaseStorage":
             f"--study-storage {shown(location)} cannot be opened ({reason}); give a file that ends in .db or .journal "
             "in a folder that is there, or the URL of a database that Optuna knows, such as postgresql://..."
         ) from None
+
+
+def storage_file(location: str) -> str | None:
+    """The file of a storage, or None if a server or memory has it."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if "://" not in location:
+        return location
+    try:
+        url = make_url(location)
+    except ArgumentError:  # open_storage says so
+        return None
+    name = url.database or ":memory:"
+    return None if not location.startswith("sqlite") or name.startswith((":memory:", "file:")) else name
 
 
 def shown(location: str) -> str:

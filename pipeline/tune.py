@@ -40,7 +40,16 @@ from pipeline.cli import command
 from pipeline.config import SweepRun, TrainRun, flatten_settings, parse_settings, torch_device, with_overrides
 from pipeline.presets import PRESETS
 from pipeline.space import COSTS, Objective
-from pipeline.study import SweepRecord, SweepStudy, TrialRecord, folder_of, picture_of, reading, shown
+from pipeline.study import (
+    SweepRecord,
+    SweepStudy,
+    TrialRecord,
+    folder_of,
+    picture_of,
+    reading,
+    shown,
+    storage_file,
+)
 from pipeline.train import OWN_ERRORS, Show, ray_storage
 
 PLAN_SCHEMA = 1
@@ -86,7 +95,7 @@ def sweep(run: SweepRun) -> str:
         if run.resume_if_exists:
             with reading(location):
                 run = dataclasses.replace(run, resume=run.resume or SweepStudy.is_in(location, run.study))
-        _require_free(run, out)
+        _require_free(run, out, location)
         plan = _plan(run, base, shared, job_space, objectives)
         with reading(location):
             study = SweepStudy.open(
@@ -185,7 +194,8 @@ def _objectives(run: SweepRun, base: TrainRun) -> tuple[Objective, ...]:
 def _places(run: SweepRun) -> tuple[str, str]:
     """The sweep's folder and the location of its storage."""
     if (run.resume or run.resume_if_exists) and not run.out:
-        raise ValueError("--resume needs --out, the folder of the sweep to go on with")
+        flag = "--resume" if run.resume else "--resume-if-exists"
+        raise ValueError(f"{flag} needs --out, the folder of the sweep to go on with")
     out = store.resolve(run.out, "--out") if run.out else loop.next_free_folder(run.preset.replace("/", "-"), "sweeps")
     location = run.study_storage or store.join(out, "study.db")
     if "://" not in location:
@@ -201,7 +211,7 @@ def _places(run: SweepRun) -> tuple[str, str]:
     return out, location
 
 
-def _require_free(run: SweepRun, out: str) -> None:
+def _require_free(run: SweepRun, out: str, location: str) -> None:
     """Refuse a folder that holds something else than the sweep that is asked for.
 
     Raises:
@@ -209,6 +219,9 @@ def _require_free(run: SweepRun, out: str) -> None:
     """
     others = [n for n in store.list_names(out) if not (store.is_temporary(n) or claim.is_claim(n))]
     known = "study.db" in others and not run.study_storage and run.study == "sweep"  # SweepStudy.open says more of it
+    if (file := storage_file(location)) and os.path.dirname(file) == out:  # of a start that was cut off, if alone
+        name = os.path.basename(file)
+        others = [other for other in others if other != name and not other.startswith((f"{name}-", f"{name}."))]
     if others and not run.resume and not known:
         there = {"trials", "sweep.json"} & set(others)
         what = "holds another sweep" if there else f"is not empty (it holds {others[0]}) and holds no sweep"

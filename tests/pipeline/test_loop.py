@@ -161,7 +161,7 @@ def test_one_command_starts_a_run_and_goes_on_with_it(undisturbed: Path, tmp_pat
         loop.open_run(run_in(folder, resume_if_exists=True, seed=5))
     assert loop.open_run(run_in(folder, resume_if_exists=True, seed=5, force=True)).resume
     assert not loop.open_run(run_in(tmp_path / "new", resume_if_exists=True, force=True)).resume
-    with pytest.raises(ValueError, match="--resume needs --out"):
+    with pytest.raises(ValueError, match="--resume-if-exists needs --out"):
         loop.open_run(dataclasses.replace(DEBUG, resume_if_exists=True))
 
 

@@ -12,7 +12,7 @@ from pipeline import checkpoint, claim, cli, loop, store, tune
 from pipeline.config import SweepRun, with_overrides
 from pipeline.presets import PRESETS
 from pipeline.space import Objective
-from pipeline.study import SweepStudy
+from pipeline.study import SweepStudy, open_storage
 
 PRESET = PRESETS["iodine"]["debug"]
 SEARCH = (
@@ -164,7 +164,10 @@ def test_another_study_in_the_folder_of_a_sweep_is_refused(tmp_path):
             tune.sweep(sweep_run(tmp_path, **fields))
 
 
-@pytest.mark.parametrize("storage", ["", "elsewhere.db", "elsewhere.journal"])
+@pytest.mark.parametrize(
+    "storage",
+    ["", "{}/elsewhere.db", "{}/elsewhere.journal", "{}/s/own.journal", "sqlite:///{}/s/own.db?timeout=60"],
+)
 def test_one_command_starts_a_sweep_and_goes_on_with_it(tmp_path, monkeypatch, storage):
     class OpenedError(Exception):
         pass
@@ -177,13 +180,14 @@ def test_one_command_starts_a_sweep_and_goes_on_with_it(tmp_path, monkeypatch, s
 
     monkeypatch.setattr(SweepStudy, "open", stop_after)
     (tmp_path / "s").mkdir()
-    place = {"study_storage": str(tmp_path / storage)} if storage else {}
+    place = {"study_storage": storage.format(tmp_path)}
+    open_storage(tune._places(sweep_run(tmp_path / "s", **place))[1])  # of a start that was killed before its study was
     for resumed in (False, True, True):
         with pytest.raises(OpenedError, match=str(resumed)):
             tune.sweep(sweep_run(tmp_path / "s", resume_if_exists=True, **place))
     with pytest.raises(ValueError, match=r"is of another sweep: .*preset was"):
         tune.sweep(sweep_run(tmp_path / "s", resume_if_exists=True, preset="iodine/small", **place))
-    with pytest.raises(ValueError, match="--resume needs --out"):
+    with pytest.raises(ValueError, match="--resume-if-exists needs --out"):
         tune.sweep(sweep_run("", resume_if_exists=True))
 
 
