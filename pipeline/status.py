@@ -299,14 +299,19 @@ def as_time(seconds: float) -> str:
     """``5400`` as ``90 min``."""
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds:.3g} s" if seconds >= 10 else f"{seconds:.2g} s"
+            return f"{_three_digits(seconds / length)} {unit}"
+    return f"{_three_digits(seconds)} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def as_bytes(count: float) -> str:
     """``1200000`` as ``1.2 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
+        if count < 999.5:
+            return f"{_three_digits(count)} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
+
+
+def _three_digits(value: float) -> str:
+    """Or all of those before the point."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"

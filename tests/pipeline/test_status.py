@@ -174,13 +174,16 @@ def test_duration_reads_well(seconds: float, text: str) -> None:
     assert status.duration(seconds) == text
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1.2e6, "1.2 MB"), (3e12, "3.0 TB")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1.2e6, "1.2 MB"), (999.7e6, "1 GB"), (3e12, "3.0 TB")]
+)
 def test_size_reads_well(count: float, text: str) -> None:
     assert status.as_bytes(count) == text
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.0123, "0.012 s"), (119, "119 s"), (5400, "90 min"), (1e4, "2.78 h"), (2e5, "2.31 d")]
+    ("seconds", "text"),
+    [(0.0123, "0.012 s"), (119, "119 s"), (5400, "90 min"), (1e4, "2.78 h"), (2e5, "2.31 d"), (1e8, "1,157 d")],
 )
 def test_rough_time_reads_well(seconds: float, text: str) -> None:
     assert status.as_time(seconds) == text
