@@ -52,7 +52,10 @@ class Driver:
         self.started |= set(below(self.process.pid))
 
     def left(self, title: bytes = b"") -> set[int]:
-        """Those of them that are there, and no mere remains of a process; two agents of a Ray stay a minute longer."""
+        """Those that still run, zombies left out, and have the title in their command line.
+
+        Without a title Ray's agents are among them, two of which outlive a killed driver by a minute.
+        """
         known = processes()
         return {child for child in self.started if child in known and known[child][1] and title in known[child][1]}
 

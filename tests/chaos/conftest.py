@@ -2,7 +2,7 @@
 
     make chaos                            every row, with a seed that is drawn and printed
     make chaos CHAOS_SEED=7               the same again
-    make chaos ARGS="-k spot"             some of it
+    make chaos ARGS="-k preempted"        some of it
 
 A test marked ``chaos`` stands for one fault of a row. It asks the fixture ``fault`` to count:
 

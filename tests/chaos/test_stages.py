@@ -70,7 +70,10 @@ def test_an_extraction_whose_worker_and_then_all_of_it_is_killed_is_finished_by_
 
     words = ["--checkpoint", of.checkpoint, "--data", of.data, "--split", of.split, "--device", of.device]
     killed, all_killed = fault("kill -9 of an extraction's worker"), fault("kill -9 of an extraction's driver")
-    rules = {failpoints.VARIABLE: "write:frames/.shard=kill*1@3", failpoints.FOLDER: str(counts)}
+    points = (
+        "write:frames/.shard=kill*1@3; write:objects/.shard-00009=hang"  # so that it cannot end before it is killed
+    )
+    rules = {failpoints.VARIABLE: points, failpoints.FOLDER: str(counts)}
 
     def done() -> int:
         return len(list((tmp_path / "out" / "parts").glob("*.json")))

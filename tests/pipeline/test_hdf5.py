@@ -1,5 +1,5 @@
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,25 +7,21 @@ import numpy as np
 import pytest
 
 from objdyn.clips import SINGLE_CHANNEL, Clip
-from pipeline import cluster
 from pipeline import shard as sharding
 from pipeline.config import Hdf5Run, ShardRun, VerifyRun
 from pipeline.hdf5 import write_hdf5
 from pipeline.reader import iter_clips, open_source
 from pipeline.shard import shard
 from pipeline.verify import verify
+from tests import plain
 
 BALLS = "sim:bouncing-balls:size=16,frames=8,colors=8,balls=2-4"
 
 
 @pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_by_one(task: Callable[[str], str], items: Sequence[str], label: str) -> dict[int, str]:
-        return {i: task(item) for i, item in enumerate(items)}
-
-    monkeypatch.setattr(sharding, "_run_tasks", one_by_one)  # Ray has its tests
-    monkeypatch.setattr(cluster, "connect", lambda workers: None)
-    monkeypatch.setattr(cluster, "require_shared", lambda paths: None)
+def without_ray() -> Iterator[None]:
+    with plain.without_ray():  # Ray has its tests
+        yield
 
 
 @pytest.mark.usefixtures("without_ray")
