@@ -341,7 +341,7 @@ def mp4(pictures: np.ndarray, *, fps: float = 10.0, crf: int = 18) -> bytes:
     Args:
         pictures: what to encode.
         fps: pictures per second.
-        crf: x264's constant rate factor; lower is better and longer, 18 looks like the original.
+        crf: x264's constant rate factor; lower is better quality and more bytes, 18 looks like the original.
 
     Raises:
         ValueError: no pictures, or ``fps`` is not positive.

@@ -2,7 +2,7 @@
 
 Status 0: done. Status 1: failed, with one line ``error: ...`` on stderr that says what to do (``--debug`` adds the
 traceback). Status 2: the command line itself was wrong. Status 75: asked to end by SIGTERM, or by a run's ``.stop``
-file, and ended within its grace; the same command goes on (a training's with ``--resume``). Status 130: interrupted.
+file, and ended within its grace; the same command goes on (with ``--resume``, if it trains). Status 130: interrupted.
 """
 
 import dataclasses
@@ -99,8 +99,8 @@ def parse(
     if default_preset is not None:
         description += f" A preset comes before all flags; without one the job runs '{default_preset}'."
     description += (
-        f"\n\n{CONFIG} FILE in the place of a preset takes every setting of a stored run but --out and --resume, of a "
-        "run folder's config.json for example (a path or s3:// URL)."
+        f"\n\n{CONFIG} FILE in the place of a preset takes every setting of a stored run but --out, --resume and "
+        "--resume-if-exists, of a run folder's config.json for example (a path or s3:// URL)."
     )
     words, path = _without(CONFIG, words, "that holds a stored run, such as the config.json of a run folder")
     if path is not None:

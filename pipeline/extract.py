@@ -66,7 +66,7 @@ from pipeline.reader import Source, open_source
 from pipeline.tables import Block, Provenance
 
 RESTARTS = 5
-"""Times that a worker's process is started again after it died, whatever part it was at."""
+"""Times that a worker's process is started again after it died, over all of its parts."""
 RECORDS_AT_ONCE = 16
 """Records of parts that are read side by side: on object storage each is a request to wait for."""
 EDITS_AT_ONCE = 32
@@ -565,7 +565,8 @@ def _schedule(job: Job, todo: list[Part], workers: int) -> Iterator[dict[str, An
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(todo)), max_tasks_in_flight_per_actor=1),
             num_cpus=1,
             max_restarts=RESTARTS,
-            # These alone count: a worker whose node was lost is tried every second until there is another one.
+            # Starts alone are limited, not trials of a part: a worker whose node was lost is tried every second until
+            # there is another one.
             max_task_retries=-1,
             **options,
         )
