@@ -79,4 +79,4 @@ def test_backend_bounds_the_meeting_by_the_patience_of_its_settings(monkeypatch:
     monkeypatch.setattr(gloo, "IMPORT_SECONDS", 60.0)
     other = Group()
     config.backend_cls().on_start(other, config)
-    assert joined[-1] is other  # by Ray's own part, which makes the process group
+    assert other in joined  # by Ray's own part, which makes the process group
