@@ -352,10 +352,8 @@ class _Bench:
 
         def side(world: int) -> Arm:
             run = dataclasses.replace(run_of(world), steps=self.middle + steps, log_every=1)
-            meeting, begin = self._new("meeting"), time.monotonic()
-            with new_processes(world) as pool, _silence():
-                for done in [pool.submit(train_together, run, rank, meeting) for rank in range(world)]:
-                    done.result()
+            begin = time.monotonic()
+            train_without_ray(run, self._new("meeting"))
             counted, seconds = counted_steps(run.out, self.middle)
             return Arm(counted, seconds, time.monotonic() - begin - seconds * steps / counted)
 
@@ -690,6 +688,13 @@ def steady(tasks: Sequence[Task], begin: float, slots: int) -> Arm:
 def train_bare(run: TrainRun) -> None:
     """Train in this process, as a worker of Ray Train does."""
     loop.train(loop.open_run(run))
+
+
+def train_without_ray(run: TrainRun, meeting: str) -> None:
+    """Train by as many processes as the run has workers, which meet at a file."""
+    with new_processes(run.workers) as pool, _silence():
+        for done in [pool.submit(train_together, run, rank, meeting) for rank in range(run.workers)]:
+            done.result()
 
 
 def train_together(run: TrainRun, rank: int, meeting: str) -> None:

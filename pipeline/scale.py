@@ -24,7 +24,7 @@ from objdyn.datasets import Video
 from pipeline import reader, shard, store
 from pipeline.config import ExtractRun, LoaderConfig, ShardRun, TrainRun
 from pipeline.status import as_bytes, as_time
-from pipeline.timing import in_child, new_processes, say
+from pipeline.timing import in_child, say
 
 SIZES = (10**4, 10**6, 10**7, 10**8)
 """Clips of the page's tables."""
@@ -390,9 +390,7 @@ def _two_without_ray(run: TrainRun, out: str) -> float:
     from pipeline import benchmark
 
     run = dataclasses.replace(run, out=out, workers=2)
-    with new_processes(2) as pool, benchmark._silence():
-        for done in [pool.submit(benchmark.train_together, run, rank, f"{out}-meeting") for rank in range(2)]:
-            done.result()
+    benchmark.train_without_ray(run, f"{out}-meeting")
     steps, seconds = benchmark.counted_steps(out)
     return seconds / steps
 
